@@ -10,15 +10,13 @@
 #include <sys/mman.h>
 
 #include <bit>
-#include <cstdarg>
-#include <cstdio>
 #include <cstring>
 #include <numeric>
-#include <string>
 #include <vector>
 
 #include "collectives.h"
 #include "fibers.h"
+#include "report.h"
 
 namespace vicinal::on_host {
 
@@ -128,22 +126,9 @@ void switch_to(Fiber* to, bool for_good = false) {
 [[noreturn]] void fail(const std::string& text) {
   m.error = text;
   if (current == &m.main) std::abort();
+  release(&m.done_tag);
   switch_to(&m.main);
   __builtin_unreachable();
-}
-
-std::string format(const char* pattern, ...) {
-  char text[512];
-  va_list args;
-  va_start(args, pattern);
-  vsnprintf(text, sizeof text, pattern, args);
-  va_end(args);
-  return text;
-}
-
-std::string show(Place at) {
-  const char* slash = strrchr(at.file, '/');
-  return format("%s:%d", slash ? slash + 1 : at.file, at.line);
 }
 
 std::string whereabouts() {
@@ -306,7 +291,7 @@ unsigned char* take_shared(unsigned char** next, size_t* used, size_t bytes, Pla
 
 void sync_block(Place at) {
   Barrier& barrier = m.barrier;
-  if (barrier.arrived && (barrier.at.line != at.line || strcmp(barrier.at.file, at.file))) {
+  if (barrier.arrived && !same(barrier.at, at)) {
     fail("sync_threads reached from two places: " + show(barrier.at) + " and " + show(at));
   }
   barrier.at = at;
@@ -327,8 +312,7 @@ void collective(Op op, unsigned mask, void* args, Place at) {
     group.mask = mask;
     group.op = op;
     group.at = at;
-  } else if (group.op != op || group.mask != mask || group.at.line != at.line ||
-             strcmp(group.at.file, at.file)) {
+  } else if (group.op != op || group.mask != mask || !same(group.at, at)) {
     fail(format("divergent collectives in warp %d: %s (mask %08x) at ", warp, name_of(group.op), group.mask) +
          show(group.at) + format(" and %s (mask %08x) at ", name_of(op), mask) + show(at));
   }
@@ -401,6 +385,10 @@ cudaError_t run_grid(void (*entry)(void*), void* args, dim3 grid, dim3 block, si
   return m.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
+}  // namespace vicinal::on_host
+
+using namespace vicinal::on_host;
+
 extern "C" {
 void vicinal_host_schedule(int order, int copies, unsigned seed) {
   m.order = static_cast<Order>(order);
@@ -410,5 +398,3 @@ void vicinal_host_schedule(int order, int copies, unsigned seed) {
 const char* vicinal_host_error_text() { return m.error.c_str(); }
 long vicinal_host_bank_conflicts() { return m.bank_conflicts; }
 }
-
-}  // namespace vicinal::on_host

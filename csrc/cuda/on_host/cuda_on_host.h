@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <source_location>
 #include <tuple>
 #include <type_traits>
 
@@ -43,12 +44,7 @@ namespace vicinal::on_host {
 enum Order : int { kForward, kReverse, kRandomOrder };  // which runnable thread goes on: lowest, highest, any
 enum Copies : int { kEager, kLazy, kRandomCopies };     // when cp.async copies: at once, at the wait, either
 
-struct Place {  // source line of a primitive, filled in by default arguments
-  const char* file;
-  int line;
-};
-#define VICINAL_HERE \
-  ::vicinal::on_host::Place { __builtin_FILE(), __builtin_LINE() }
+using Place = std::source_location;  // line of a primitive, filled in by default arguments
 
 struct Thread {
   uint3 thread_idx, block_idx;
@@ -95,14 +91,6 @@ void check_aligned(const void* pointer, int bytes, const char* what, Place at);
 void lane_outside(int lane, Place at);
 cudaError_t run_grid(void (*entry)(void*), void* args, dim3 grid, dim3 block, size_t smem);
 
-// For test drivers. After a launch that failed (deadlock, divergent collective, ...), error_text() says what
-// was wrong.
-extern "C" {
-void vicinal_host_schedule(int order, int copies, unsigned seed);
-const char* vicinal_host_error_text();
-long vicinal_host_bank_conflicts();  // extra shared-memory cycles of all ldmatrix calls so far
-}
-
 inline void move_bytes(const Copy& copy) {
   for (int i = 0; i < copy.bytes; i += 4) {
     if (i + 4 <= copy.valid) {
@@ -115,6 +103,14 @@ inline void move_bytes(const Copy& copy) {
 
 }  // namespace vicinal::on_host
 
+// For test drivers. After a launch that failed (deadlock, divergent collective, ...),
+// vicinal_host_error_text() says what was wrong.
+extern "C" {
+void vicinal_host_schedule(int order, int copies, unsigned seed);
+const char* vicinal_host_error_text();
+long vicinal_host_bank_conflicts();  // extra shared-memory cycles of all ldmatrix calls so far
+}
+
 namespace vicinal::simt {
 
 inline constexpr unsigned kFullWarp = 0xffffffffu;
@@ -123,7 +119,7 @@ class SmemCarver {
  public:
   explicit SmemCarver(unsigned char* base) : next_(base) {}
   template <class T>
-  T* take(int count, on_host::Place at = VICINAL_HERE) {
+  T* take(int count, on_host::Place at = on_host::Place::current()) {
     return reinterpret_cast<T*>(on_host::take_shared(&next_, &used_, count * sizeof(T), at));
   }
 
@@ -132,13 +128,13 @@ class SmemCarver {
   size_t used_ = 0;
 };
 
-inline void sync_threads(on_host::Place at = VICINAL_HERE) { on_host::sync_block(at); }
-inline void sync_warp(unsigned mask = kFullWarp, on_host::Place at = VICINAL_HERE) {
+inline void sync_threads(on_host::Place at = on_host::Place::current()) { on_host::sync_block(at); }
+inline void sync_warp(unsigned mask = kFullWarp, on_host::Place at = on_host::Place::current()) {
   on_host::collective(on_host::kSyncWarp, mask, nullptr, at);
 }
 
 template <class T>
-T shfl(T value, int lane, unsigned mask = kFullWarp, on_host::Place at = VICINAL_HERE) {
+T shfl(T value, int lane, unsigned mask = kFullWarp, on_host::Place at = on_host::Place::current()) {
   static_assert(sizeof(T) <= sizeof(uint64_t) && std::is_trivially_copyable_v<T>);
   if (lane < 0 || lane > 31 || !(mask >> lane & 1)) on_host::lane_outside(lane, at);
   on_host::ShuffleArgs args{0, lane};
@@ -149,7 +145,7 @@ T shfl(T value, int lane, unsigned mask = kFullWarp, on_host::Place at = VICINAL
 }
 
 template <class T>
-T shfl_xor(T value, int lane_mask, unsigned mask = kFullWarp, on_host::Place at = VICINAL_HERE) {
+T shfl_xor(T value, int lane_mask, unsigned mask = kFullWarp, on_host::Place at = on_host::Place::current()) {
   return shfl(value, on_host::lane_id() ^ lane_mask, mask, at);
 }
 
@@ -162,35 +158,38 @@ inline void load_matrices(uint32_t* out, const void* row, int matrices, bool tra
   on_host::collective(on_host::kLdmatrix, kFullWarp, &args, at);
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, on_host::Place at = VICINAL_HERE) {
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, on_host::Place at = on_host::Place::current()) {
   load_matrices(r, row, 4, false, at);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, on_host::Place at = VICINAL_HERE) {
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row,
+                              on_host::Place at = on_host::Place::current()) {
   load_matrices(r, row, 4, true, at);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, on_host::Place at = VICINAL_HERE) {
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, on_host::Place at = on_host::Place::current()) {
   load_matrices(r, row, 2, false, at);
 }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, on_host::Place at = VICINAL_HERE) {
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row,
+                              on_host::Place at = on_host::Place::current()) {
   load_matrices(r, row, 2, true, at);
 }
 
 template <class T>
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                  on_host::Place at = VICINAL_HERE) {
+                  on_host::Place at = on_host::Place::current()) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
   on_host::MmaArgs args{c, a, {b0, b1}};
   on_host::collective(std::is_same_v<T, __half> ? on_host::kMmaF16 : on_host::kMmaBf16, kFullWarp, &args, at);
 }
 
 inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                             on_host::Place at = VICINAL_HERE) {
+                             on_host::Place at = on_host::Place::current()) {
   on_host::MmaArgs args{c, a, {b0, b1}};
   on_host::collective(on_host::kMmaTf32, kFullWarp, &args, at);
 }
 
 template <int kBytes>
-void cp_async(void* shared, const void* global, int valid = kBytes, on_host::Place at = VICINAL_HERE) {
+void cp_async(void* shared, const void* global, int valid = kBytes,
+              on_host::Place at = on_host::Place::current()) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
   on_host::Copy copy{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), kBytes,
                      valid};
