@@ -87,7 +87,9 @@ def render(facts: dict[str, Any]) -> str:
         else:
             lines.append(f"{name:<16}{words(value)}")
     if facts["native"] is None:
-        lines.append("No native code: the cpu and cuda backends are absent. Install with a C++17 compiler to have them.")
+        lines.append(
+            "No native code: the cpu and cuda backends are absent. Install with a C++17 compiler to have them."
+        )
     return "\n".join(lines)
 
 
