@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vicinal.models.swin import Mlp, drop_path
+from vicinal.models.swin import Mlp, drop_path, drop_path_rates, init_linear
 
 __all__ = ["CSWinBlock", "CSWinConfig", "CSWinTransformer", "LePEAttention"]
 
@@ -147,7 +147,7 @@ class CSWinTransformer(nn.Module):
         super().__init__()
         self.config = config
         dim = config.embed_dim
-        rates = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
+        rates = drop_path_rates(config.drop_path, sum(config.depths))
         embed = nn.Conv2d(config.in_channels, dim, 7, stride=4, padding=2)
         self.stage1_conv_embed = nn.Sequential(embed, ChannelsLast(), nn.LayerNorm(dim))
         for i, depth in enumerate(config.depths):
@@ -171,7 +171,7 @@ class CSWinTransformer(nn.Module):
             setattr(self, f"stage{i + 1}", nn.ModuleList(blocks))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, config.num_classes)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, H, W, C] the normalised last map."""
@@ -186,9 +186,3 @@ class CSWinTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.forward_features(images).mean(dim=(1, 2)))
 
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -88,6 +88,11 @@ def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
     return x * keep / (1 - p)
 
 
+def drop_path_rates(last: float, blocks: int) -> list[float]:
+    """Rates that grow linearly from 0 at the first block to `last` at the last one."""
+    return [last * i / max(blocks - 1, 1) for i in range(blocks)]
+
+
 def softmax_attention(logits: Tensor, mask: Tensor | None, v: Tensor) -> Tensor:
     """softmax(logits + mask) v: [B * nW, h, N, N], [nW, N, N], [B * nW, h, N, d] -> [B * nW, N, h * d]."""
     if mask is not None:
@@ -332,7 +337,7 @@ class SwinTransformer(nn.Module):
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         resolution = (math.ceil(height / config.patch_size), math.ceil(width / config.patch_size))
-        rates = torch.linspace(0, config.drop_path, sum(config.depths)).tolist()
+        rates = drop_path_rates(config.drop_path, sum(config.depths))
         self.patch_embed = PatchEmbed(config.in_channels, config.embed_dim, config.patch_size)
         self.layers = nn.ModuleList()
         for i, depth in enumerate(config.depths):
@@ -341,7 +346,7 @@ class SwinTransformer(nn.Module):
         dim = config.embed_dim * 2 ** (len(config.depths) - 1)
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, config.num_classes)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] -> [B, H, W, C] the normalised last map."""
@@ -354,7 +359,8 @@ class SwinTransformer(nn.Module):
         return self.head(self.forward_features(images).mean(dim=(1, 2)))
 
 
-def _init_linear(module: nn.Module) -> None:
+def init_linear(module: nn.Module) -> None:
+    """Weights from a truncated normal of deviation 0.02, biases zero."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
