@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vicinal.windowed import RelativeBias, Windows, windowed_attention
+from vicinal.windowed import RelativeBias, Windows, windowed_attention_qkvpacked
 
 __all__ = ["WindowedAttention", "packed_windowed_attention"]
 
@@ -28,16 +28,17 @@ def packed_windowed_attention(
         qkv_bias: [3 C] bias that the projection added, or None.
         windows: the geometry, with `edge="const"`.
         num_heads: h, dividing C.
-        **options: further arguments of `windowed_attention`.
+        **options: further arguments of `windowed_attention_qkvpacked`, without `return_lse`.
 
     Returns:
         [B, *space, C]
     """
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(-3)  # [B, *space, h, d] views
     if qkv_bias is not None and windows.edge == "const":
         _, edge_k, edge_v = qkv_bias.unflatten(0, (3, num_heads, -1)).unbind(0)
         options = {"edge_k": edge_k, "edge_v": edge_v, **options}
-    return windowed_attention(q, k, v, windows, **options).flatten(-2)
+    out = windowed_attention_qkvpacked(qkv.unflatten(-1, (3, num_heads, -1)), windows, **options)
+    assert isinstance(out, Tensor)
+    return out.flatten(-2)
 
 
 class WindowedAttention(nn.Module):

@@ -23,7 +23,6 @@ _ADAPTER_MODULES = {
     "vicinal.models.swin": "vicinal.drop_in.swin",
     "vicinal.models.cswin": "vicinal.drop_in.cswin",
     "timm.models.swin_transformer": "vicinal.drop_in.timm_swin",
-    "timm.models.swin_transformer_v2": "vicinal.drop_in.timm_swin_v2",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
 }

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vicinal.drop_in.adapter import Adapter
-from vicinal.drop_in.swin_attention import attend_v1, attend_v2
-from vicinal.models.swin import SwinTransformerBlock, WindowAttention
+from vicinal.drop_in.swin_attention import attend_v1, attend_v2, changed_parts
+from vicinal.models.swin import SwinTransformerBlock, WindowAttention, WindowAttentionV2
 from vicinal.windowed import Windows
 
 
@@ -22,6 +22,9 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
         return attend(self.attn, x, windows)
 
 
-ADAPTERS = (
-    Adapter("windowed", SwinTransformerBlock, FusedSwinTransformerBlock, "windowed_attention, shift by coordinates"),
-)
+def _reason_against(block: nn.Module) -> str | None:
+    original = WindowAttentionV2 if isinstance(block.attn, WindowAttentionV2) else WindowAttention
+    return changed_parts(block.attn, original, ("qkv", "proj"))
+
+
+ADAPTERS = (Adapter("windowed", SwinTransformerBlock, FusedSwinTransformerBlock, "windowed_attention", _reason_against),)

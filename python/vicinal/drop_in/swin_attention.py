@@ -6,10 +6,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vicinal.nn import packed_windowed_attention
 from vicinal.windowed import RelativeBias, Windows
+
+
+def changed_parts(attn: nn.Module, original: type[nn.Module], linears: tuple[str, ...]) -> str | None:
+    """Why an attention module is not what its library builds: another class, or a wrapped projection (LoRA, int8)."""
+    if type(attn) is not original:
+        return f"its attention is a {type(attn).__qualname__}, not a {original.__qualname__}"
+    for name in linears:
+        part = getattr(attn, name)
+        if type(part) is not nn.Linear:
+            return f"its attention's {name} is a {type(part).__qualname__}, not a Linear"
+    return None
 
 
 def attend_v1(attn: Any, x: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
