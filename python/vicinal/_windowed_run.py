@@ -118,7 +118,7 @@ def run(call: Call, backend: str | None, qkv: Tensor | None) -> tuple[Tensor, Te
     seed = None
     if call.dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=call.q.device)
-    return _run_reference(call, seed) if chosen == "reference" else _run_op(call, chosen, qkv, seed)
+    return run_reference(call, seed) if chosen == "reference" else _run_op(call, chosen, qkv, seed)
 
 
 def _run_op(call: Call, backend: str, qkv: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -220,8 +220,10 @@ def _key_bias(call: Call, acc: torch.dtype) -> Tensor | None:
     return mask.to(acc)
 
 
-def _run_reference(call: Call, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch, one head group after the other."""
+def run_reference(
+    call: Call, seed: Tensor | None, compute_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, one head group after the other. compute_dtype: instead of the accumulation type."""
     q, k, v, windows = flat(call.q), flat(call.k), flat(call.v), call.windows
     geometry = geometry_of(windows, call.q.dim() - 3)
     bias = call.bias.dense(*bias_windows(call)) if isinstance(call.bias, RelativeBias) else call.bias
@@ -258,6 +260,7 @@ def _run_reference(call: Call, seed: Tensor | None) -> tuple[Tensor, Tensor]:
             seed=seed,
             head_offset=first,
             head_total=q.shape[2],
+            compute_dtype=compute_dtype,
         )
         outs.append(out)
         lses.append(lse.to(accumulator(q.dtype)))
