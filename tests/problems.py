@@ -288,7 +288,8 @@ def _dense(problem: Problem, tensors: dict[str, Tensor], c: float, backwards: bo
         return (x.flip(-1) if backwards else x) * factor
 
     q, k, v = (changed(tensors[n], 1.0 if n == "k" else c) for n in "qkv")
-    assert q is not None and k is not None  # to mypy
+    assert q is not None
+    assert k is not None
     assert v is not None
     for name, factor in (("edge_k", 1.0), ("extra_k", 1.0), ("edge_v", c), ("extra_v", c)):
         given[name] = changed(given[name], factor)

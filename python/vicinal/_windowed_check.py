@@ -216,7 +216,7 @@ def _check_options(call: Call) -> None:
 def check_lse(return_lse: Any, activation: str) -> None:
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse is {return_lse!r}; it must be True or False")
-    if return_lse and activation != "softmax":
+    if return_lse and activation in ACTIVATIONS[1:]:
         raise ValueError(f"return_lse is True; it must be False under activation {activation!r}")
 
 
