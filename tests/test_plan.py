@@ -162,7 +162,7 @@ def test_pooled_queries_have_their_own_grid() -> None:
     assert not plan.flags & ROW_QUERY_PADS
 
 
-WINDOW_PAIRS = [((3,), (3,)), ((2,), (5,)), ((2, 3), (2, 3)), ((4, 3), (6, 5)), ((1, 2, 3), (2, 3, 3))]
+WINDOW_PAIRS = [
     ((3,), (3,)),
     ((2,), (5,)),
     ((2, 3), (2, 3)),
