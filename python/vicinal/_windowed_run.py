@@ -140,7 +140,7 @@ _backends.on_change(_settled.clear)
 
 
 def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], backend: Any) -> Any:
-    """What decides the checks and the choice of a call without other tensors than a bias; None if it has some."""
+    """What decides the checks and the choice of a call with no tensors but q, k, v and a bias; else None."""
     bias, scale, a, b, c, d, e, f, g, h, activation, dropout_p = options
     if not (a is b is c is d is e is f is g is h is None and activation == "softmax" and dropout_p == 0):
         return None
