@@ -44,7 +44,7 @@ class KeyGrads(NamedTuple):
 
 
 class BiasGrad(NamedTuple):
-    """Sums of ds over chunks of windows, [chunks, H, Q_TILES * BLOCK_Q, K_TILES * BLOCK_K], zeros outside the boxes.
+    """Sums of ds over chunks of windows, [chunks, H, q_tiles * BLOCK_Q, k_tiles * BLOCK_K], zeros outside the boxes.
     `rows` int32 [listed]: plan rows whose pairs have the same bias indices."""
 
     data: Any
@@ -167,24 +167,24 @@ def attend_bwd_tile_kernel(
         tl.store(to, total)
 
 
-@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra"])
+@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "q_tiles"])
 def attend_bwd_q_kernel(
     x, DQ, plan, terms, dropout,
-    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra,
+    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, q_tiles,
     WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, REGIONS: tl.constexpr, Q_TILES: tl.constexpr,
+    EDGE: tl.constexpr, REGIONS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * q_scale * sum over keys of ds * k_scale * k; programs as in the forward."""
     at = tl.program_id(0).to(tl.int64)
     h = at % heads
-    window = at // heads // Q_TILES
+    window = at // heads // q_tiles
     b = window // n_rows
     row = window % n_rows
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
-    queries = query_slots(plan, load_box(plan, row, 0), at // heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q),
+    queries = query_slots(plan, load_box(plan, row, 0), at // heads % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q),
                           b, h, terms.q_scale, ACC)
     q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
     dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
@@ -212,12 +212,12 @@ def attend_bwd_q_kernel(
     store_rows(DQ, b, h, queries.token, queries.ok, dq, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra"])
+@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "k_tiles"])
 def attend_bwd_kv_kernel(
     x, grads, plan, terms, dropout,
-    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra,
+    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, k_tiles,
     WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, REGIONS: tl.constexpr, K_TILES: tl.constexpr,
+    EDGE: tl.constexpr, REGIONS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -225,12 +225,12 @@ def attend_bwd_kv_kernel(
     at = tl.program_id(0).to(tl.int64)
     h = at % heads
     tile = at // heads
-    window = tile // K_TILES
+    window = tile // k_tiles
     b = window // n_rows
     row = window % n_rows
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
-    first = (tile % K_TILES).to(tl.int32) * BLOCK_K
+    first = (tile % k_tiles).to(tl.int32) * BLOCK_K
     keys = key_slots(plan, load_box(plan, row, 1), first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, ACC)
     k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
     v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
@@ -264,21 +264,22 @@ def attend_bwd_kv_kernel(
     store_key_rows(grads.dv, grads.part_v, tile, b, h, keys, flags, dv, EDGE, DV, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "items", "listed", "chunk"])
+@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "items", "listed", "chunk", "q_tiles", "k_tiles"])
 def attend_bwd_bias_kernel(
     x, dbias, plan, terms, dropout,
     scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items, listed, chunk,
+    q_tiles, k_tiles,
     WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, REGIONS: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr,
+    EDGE: tl.constexpr, REGIONS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sum of one tile of ds over a chunk of the (sample, listed row) pairs, in their order."""
     at = tl.program_id(0).to(tl.int64)
     h = at % heads
-    q_slot = (at // heads % Q_TILES).to(tl.int32) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    first = (at // heads // Q_TILES % K_TILES).to(tl.int32) * BLOCK_K
-    part = at // heads // Q_TILES // K_TILES
+    q_slot = (at // heads % q_tiles).to(tl.int32) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first = (at // heads // q_tiles % k_tiles).to(tl.int32) * BLOCK_K
+    part = at // heads // q_tiles // k_tiles
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
 

@@ -13,24 +13,24 @@ from .rows import store_scalars
 from .scores import dropout_keep, finish_scores
 
 
-@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra"])
+@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "q_tiles"])
 def attend_fwd_kernel(
     Q, K, V, ExtraK, ExtraV, Out, Lse, plan, terms, dropout,
-    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra,
+    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, q_tiles,
     STEP: tl.constexpr, FINISH: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, REGIONS: tl.constexpr, Q_TILES: tl.constexpr,
+    EDGE: tl.constexpr, REGIONS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64)
     h = at % heads
-    window = at // heads // Q_TILES  # b * n_rows + row
+    window = at // heads // q_tiles  # b * n_rows + row
     b = window // n_rows
     row = window % n_rows
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
 
-    queries = query_slots(plan, load_box(plan, row, 0), at // heads % Q_TILES * BLOCK_Q + tl.arange(0, BLOCK_Q),
+    queries = query_slots(plan, load_box(plan, row, 0), at // heads % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q),
                           b, h, terms.q_scale, ACC)
     q = load_rows(Q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
     box = load_box(plan, row, 1)

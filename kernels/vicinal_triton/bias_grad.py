@@ -40,36 +40,41 @@ def row_classes(axes: Tensor, rows: Tensor, appended: int, table: int, k_stride:
     return known[key]
 
 
-def _axis_codes(axes: Tensor, row: list[int], side: int) -> list[list[int]]:
-    return [axes[row[side + a] : row[side + a] + row[side + 3 + a], 2].tolist() for a in range(3)]
-
-
 def _build_classes(
     axes: Tensor, rows: Tensor, appended: int, table: int, k_stride: int, device: torch.device
 ) -> list[RowClass]:
-    boxes, of_box = torch.unique(rows[:, :12], dim=0, return_inverse=True)
-    members: dict[str, list[int]] = {}
-    codes: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
-    for i, box in enumerate(boxes.tolist()):
-        code = (_axis_codes(axes, box, 0), _axis_codes(axes, box, 6))
-        members.setdefault(repr(code), []).append(i)
-        codes[repr(code)] = code
-    result = []
-    for name, member in members.items():
-        listed = torch.nonzero(torch.isin(of_box, torch.tensor(member))).flatten()
-        q_code, k_code = (_slot_codes(side) for side in codes[name])
-        index = torch.cat([q_code[:, None] + k_code[None, :], torch.arange(table - appended, table).expand(
-            len(q_code), appended)], 1)  # [q slots, key slots + appended]
-        pair = torch.arange(len(q_code))[:, None] * k_stride + torch.arange(index.shape[1])
-        order = torch.argsort(index.flatten(), stable=True)
-        counts = torch.bincount(index.flatten(), minlength=table)
-        first = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-        result.append(RowClass(listed.int().to(device), pair.flatten()[order].int().to(device),
-                               first.int().to(device), int(counts.max())))
-    return result
+    codes = axes[:, 2].tolist()
+    lists: dict[tuple[int, int], tuple[int, ...]] = {}  # codes of the axis list (begin, extent)
+
+    def axis_codes(begin: int, extent: int) -> tuple[int, ...]:
+        if (begin, extent) not in lists:
+            lists[begin, extent] = tuple(codes[begin : begin + extent])
+        return lists[begin, extent]
+
+    members: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+    for i, row in enumerate(rows[:, :12].tolist()):
+        name = tuple(axis_codes(row[side + a], row[side + a + 3]) for side in (0, 6) for a in range(3))
+        members.setdefault(name, []).append(i)
+    return [_row_class(name, rows, appended, table, k_stride, device) for name, rows in members.items()]
 
 
-def _slot_codes(axis_codes: list[list[int]]) -> Tensor:
+def _row_class(
+    name: tuple[tuple[int, ...], ...], rows: list[int], appended: int, table: int, k_stride: int, device: torch.device
+) -> RowClass:
+    q_code, k_code = _slot_codes(name[:3]), _slot_codes(name[3:])
+    index = q_code[:, None] + k_code[None, :]
+    if appended:
+        index = torch.cat([index, torch.arange(table - appended, table).expand(len(q_code), appended)], 1)
+    pair = torch.arange(len(q_code))[:, None] * k_stride + torch.arange(index.shape[1])
+    order = torch.argsort(index.flatten(), stable=True)
+    counts = torch.bincount(index.flatten(), minlength=table)
+    first = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)]).int()
+    pairs = pair.flatten()[order].int()
+    listed = torch.tensor(rows, dtype=torch.int32)
+    return RowClass(listed.to(device), pairs.to(device), first.to(device), int(counts.max()))
+
+
+def _slot_codes(axis_codes: tuple[tuple[int, ...], ...]) -> Tensor:
     c0, c1, c2 = (torch.tensor(c) for c in axis_codes)
     return (c0[:, None, None] + c1[:, None] + c2).flatten()
 
