@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attend_bwd as bwd
-from . import softmax, tiles
+from . import launch, softmax, tiles
 from .attend_fwd import attend_fwd_kernel
 from .bias_grad import RowClass, add_bias_grad, row_classes
 from .rows import Plan, Rows
@@ -45,7 +45,7 @@ def attend_fwd(call: AttendCall) -> None:
         "STEP": step, "FINISH": finish, **run.args(),
     }  # fmt: skip
     with device_of(call.q):
-        launch(attend_fwd_kernel, run.windows * q_tiles * run.heads, args, tile)
+        run_tile(attend_fwd_kernel, run.windows * q_tiles * run.heads, args, tile)
 
 
 def attend_bwd(call: AttendCall, grads: AttendGrads) -> None:
@@ -110,7 +110,7 @@ class Run:
             "n_rows": call.plan.n_rows, "heads": self.heads, "n_extra": self.edge + self.appended,
             "ACC": tl.float64 if self.acc == torch.float64 else tl.float32,
             "PRECISION": "tf32" if self.dtype_class == "tf32" else "ieee",
-            "EDGE": self.edge, "REGIONS": bool(call.plan.flags & 1), "D": call.q.shape[3], "DV": call.v.shape[3],
+            "EDGE": self.edge, "APPENDED": self.appended > 0, "REGIONS": bool(call.plan.flags & 1), "D": call.q.shape[3], "DV": call.v.shape[3],
             "BLOCK_D": self.block_d, "BLOCK_DV": self.block_dv,
         }  # fmt: skip
 
@@ -129,9 +129,9 @@ def dtype_class(dtype: torch.dtype) -> str:
     return "half"
 
 
-def launch(kernel: Any, programs: int, args: dict[str, Any], tile: tiles.Tile) -> None:
+def run_tile(kernel: Any, programs: int, args: dict[str, Any], tile: tiles.Tile) -> None:
     blocks = {"BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k}
-    kernel[(programs,)](**args, **blocks, num_warps=tile.warps, num_stages=tile.stages)
+    launch.run(kernel, (programs,), args | blocks, tile.warps, tile.stages)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -195,7 +195,7 @@ def _bwd_tiles(run: Run, grads: AttendGrads) -> None:
     }  # fmt: skip
     if grads.dbias is None:
         args |= {"dbias": None, "items": run.windows, "listed": call.plan.n_rows, "chunk": 1}
-        launch(bwd.attend_bwd_tile_kernel, run.windows * run.heads, args, tile)
+        run_tile(bwd.attend_bwd_tile_kernel, run.windows * run.heads, args, tile)
     else:
         _bias_sums(run, grads.dbias, bwd.attend_bwd_tile_kernel, args, tile, (1, 1))
     shares.sum_into(grads)
@@ -211,14 +211,14 @@ def _bwd_passes(run: Run, grads: AttendGrads) -> None:
     tile = run.tile("q")
     q_tiles = triton.cdiv(call.plan.q_slots, tile.block_q)
     args = common | {"DQ": rows(grads.dq), "q_tiles": q_tiles}
-    launch(bwd.attend_bwd_q_kernel, run.windows * q_tiles * run.heads, args, tile)
+    run_tile(bwd.attend_bwd_q_kernel, run.windows * q_tiles * run.heads, args, tile)
 
     tile = run.tile("kv")
     k_tiles = triton.cdiv(run.key_slots, tile.block_k)
     shares = Shares.of(run, grads, k_tiles)
     key_grads = bwd.KeyGrads(rows(grads.dk), rows(grads.dv), rows(shares.k), rows(shares.v))
     args = common | {"grads": key_grads, "k_tiles": k_tiles}
-    launch(bwd.attend_bwd_kv_kernel, run.windows * k_tiles * run.heads, args, tile)
+    run_tile(bwd.attend_bwd_kv_kernel, run.windows * k_tiles * run.heads, args, tile)
     shares.sum_into(grads)
 
     if grads.dbias is not None:
@@ -235,11 +235,13 @@ def _delta(run: Run, grads: AttendGrads) -> Tensor | None:
         return None
     b, n_q, heads, _ = call.q.shape
     delta = torch.empty(b, n_q, heads, dtype=run.acc, device=call.q.device)
-    bwd.attend_bwd_delta_kernel[(triton.cdiv(b * n_q, DELTA_BLOCK) * heads,)](
-        rows(call.out), rows(grads.dout), rows(grads.dlse), rows(delta), b * n_q, n_q, heads,
-        tl.float64 if run.acc == torch.float64 else tl.float32, is_softmax, call.v.shape[3], run.block_dv, DELTA_BLOCK,
-        num_warps=4,
-    )  # fmt: skip
+    args = {
+        "Out": rows(call.out), "DOut": rows(grads.dout), "DLse": rows(grads.dlse), "Delta": rows(delta),
+        "n_tokens": b * n_q, "n_q": n_q, "heads": heads, "SOFTMAX": is_softmax,
+        "ACC": tl.float64 if run.acc == torch.float64 else tl.float32,
+        "DV": call.v.shape[3], "BLOCK_DV": run.block_dv, "BLOCK_N": DELTA_BLOCK,
+    }  # fmt: skip
+    launch.run(bwd.attend_bwd_delta_kernel, (triton.cdiv(b * n_q, DELTA_BLOCK) * heads,), args, warps=4)
     return delta
 
 
@@ -258,5 +260,5 @@ def _bias_sums(
         sums = torch.empty(chunks, heads, q_side, k_side, dtype=run.acc, device=dbias.device)
         to = bwd.BiasGrad(sums, *sums.stride()[:3], row_class.rows)
         args |= {"dbias": to, "items": items, "listed": listed, "chunk": chunk}
-        launch(kernel, chunks * grid[0] * grid[1] * heads, args, tile)
+        run_tile(kernel, chunks * grid[0] * grid[1] * heads, args, tile)
         add_bias_grad(sums.sum(0).flatten(1), row_class, dbias, add=i > 0)

@@ -105,7 +105,7 @@ def attend_bwd_tile_kernel(
     x, DQ, grads, dbias, plan, terms, dropout,
     scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items, listed, chunk,
     WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, REGIONS: tl.constexpr,
+    EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -125,12 +125,13 @@ def attend_bwd_tile_kernel(
         window = b * n_rows + row
         flags = load_flags(plan, row)
         queries = query_slots(plan, load_box(plan, row, 0), tl.arange(0, BLOCK_Q), b, h, terms.q_scale, ACC)
-        keys = key_slots(plan, load_box(plan, row, 1), tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, ACC)
+        keys = key_slots(plan, load_box(plan, row, 1), tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
-        s = finish_scores(kq, across(queries), down(keys), terms, window, h, flags, scale, mask_value, REGIONS)
-        lse = load_scalars(x.lse, b, h, queries.token, queries.ok, 0.0)[None, :]
+        s = finish_scores(kq, across(queries), down(keys), terms, window, h, flags, scale, mask_value,
+                          REGIONS, APPENDED)
+        lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
         weights = WEIGHTS(s, lse)
 
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
@@ -172,7 +173,7 @@ def attend_bwd_q_kernel(
     x, DQ, plan, terms, dropout,
     scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, q_tiles,
     WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, REGIONS: tl.constexpr,
+    EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -184,11 +185,11 @@ def attend_bwd_q_kernel(
     row = window % n_rows
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
-    queries = query_slots(plan, load_box(plan, row, 0), at // heads % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q),
-                          b, h, terms.q_scale, ACC)
+    slot = (at // heads % q_tiles).to(tl.int32) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    queries = query_slots(plan, load_box(plan, row, 0), slot, b, h, terms.q_scale, ACC)
     q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
     dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
-    lse = load_scalars(x.lse, b, h, queries.token, queries.ok, 0.0)
+    lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))
     delta = load_delta(x.delta, b, h, queries)
     if delta is not None:
         delta = delta[:, None]
@@ -197,11 +198,12 @@ def attend_bwd_q_kernel(
 
     dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
     for first in range(0, box.slots + n_extra - EDGE, BLOCK_K):
-        keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, ACC)
+        keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
         v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
-        s = finish_scores(qk, down(queries), across(keys), terms, window, h, flags, scale, mask_value, REGIONS)
+        s = finish_scores(qk, down(queries), across(keys), terms, window, h, flags, scale, mask_value,
+                          REGIONS, APPENDED)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if dropout is not None:
             keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
@@ -217,7 +219,7 @@ def attend_bwd_kv_kernel(
     x, grads, plan, terms, dropout,
     scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, k_tiles,
     WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, REGIONS: tl.constexpr,
+    EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -231,7 +233,7 @@ def attend_bwd_kv_kernel(
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
     first = (tile % k_tiles).to(tl.int32) * BLOCK_K
-    keys = key_slots(plan, load_box(plan, row, 1), first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, ACC)
+    keys = key_slots(plan, load_box(plan, row, 1), first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
     k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
     v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
     box = load_box(plan, row, 0)
@@ -243,12 +245,13 @@ def attend_bwd_kv_kernel(
         queries = query_slots(plan, box, first_q + tl.arange(0, BLOCK_Q), b, h, terms.q_scale, ACC)
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
-        lse = load_scalars(x.lse, b, h, queries.token, queries.ok, 0.0)[None, :]
+        lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
         delta = load_delta(x.delta, b, h, queries)
         if delta is not None:
             delta = delta[None, :]
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
-        s = finish_scores(kq, across(queries), down(keys), terms, window, h, flags, scale, mask_value, REGIONS)
+        s = finish_scores(kq, across(queries), down(keys), terms, window, h, flags, scale, mask_value,
+                          REGIONS, APPENDED)
         weights = WEIGHTS(s, lse)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
         kept = weights
@@ -270,7 +273,7 @@ def attend_bwd_bias_kernel(
     scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items, listed, chunk,
     q_tiles, k_tiles,
     WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, REGIONS: tl.constexpr,
+    EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -290,19 +293,20 @@ def attend_bwd_bias_kernel(
         window = b * n_rows + row
         queries = query_slots(plan, load_box(plan, row, 0), q_slot, b, h, terms.q_scale, ACC)
         box = load_box(plan, row, 1)
-        keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, ACC)
+        keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
         s = finish_scores(qk, down(queries), across(keys), terms, window, h, load_flags(plan, row), scale,
-                          mask_value, REGIONS)
+                          mask_value,
+                          REGIONS, APPENDED)
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)
         v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if dropout is not None:
             keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
-        lse = load_scalars(x.lse, b, h, queries.token, queries.ok, 0.0)[:, None]
+        lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[:, None]
         delta = load_delta(x.delta, b, h, queries)
         if delta is not None:
             delta = delta[:, None]

@@ -18,7 +18,7 @@ def attend_fwd_kernel(
     Q, K, V, ExtraK, ExtraV, Out, Lse, plan, terms, dropout,
     scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, q_tiles,
     STEP: tl.constexpr, FINISH: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, REGIONS: tl.constexpr,
+    EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -30,8 +30,8 @@ def attend_fwd_kernel(
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
 
-    queries = query_slots(plan, load_box(plan, row, 0), at // heads % q_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q),
-                          b, h, terms.q_scale, ACC)
+    slot = (at // heads % q_tiles).to(tl.int32) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    queries = query_slots(plan, load_box(plan, row, 0), slot, b, h, terms.q_scale, ACC)
     q = load_rows(Q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
     box = load_box(plan, row, 1)
     flags = load_flags(plan, row)
@@ -40,11 +40,12 @@ def attend_fwd_kernel(
     l = tl.zeros((BLOCK_Q,), ACC)
     acc = tl.zeros((BLOCK_Q, BLOCK_DV), ACC)
     for first in range(0, box.slots + n_extra - EDGE, BLOCK_K):
-        keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, ACC)
+        keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         k = load_key_rows(K, ExtraK, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
         v = load_key_rows(V, ExtraV, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
-        s = finish_scores(qk, down(queries), across(keys), terms, window, h, flags, scale, mask_value, REGIONS)
+        s = finish_scores(qk, down(queries), across(keys), terms, window, h, flags, scale, mask_value,
+                          REGIONS, APPENDED)
         weights, m, l, rescale = STEP(s, m, l)
         if dropout is not None:
             weights = tl.where(dropout_keep(dropout, b, h, queries.token, first, BLOCK_K), weights, 0.0)

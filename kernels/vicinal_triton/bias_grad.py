@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import launch
+
 BLOCK_T, BLOCK_M = 32, 32
 
 
@@ -103,8 +105,9 @@ def bias_grad_kernel(
 def add_bias_grad(sums: Tensor, row_class: RowClass, dbias: Tensor, add: bool) -> None:
     """sums [H, q slots, k_stride] of one class into dbias [H, T]."""
     table = dbias.shape[1]
-    grid = (triton.cdiv(table, BLOCK_T), sums.shape[0])
-    bias_grad_kernel[grid](
-        sums, row_class.pairs, row_class.first, dbias, sums.stride(0), dbias.stride(0), table, row_class.most, add,
-        BLOCK_T, BLOCK_M, num_warps=4,
-    )  # fmt: skip
+    args = {
+        "Sums": sums, "Pairs": row_class.pairs, "First": row_class.first, "DBias": dbias,
+        "stride_h": sums.stride(0), "out_stride_h": dbias.stride(0), "table": table, "most": row_class.most,
+        "ADD": add, "BLOCK_T": BLOCK_T, "BLOCK_M": BLOCK_M,
+    }  # fmt: skip
+    launch.run(bias_grad_kernel, (triton.cdiv(table, BLOCK_T), sums.shape[0]), args, warps=4)

@@ -41,7 +41,7 @@ class Slots(NamedTuple):
     """Slots of one side of a tile, as vectors [S], or [S, 1] or [1, S] where they meet the other side.
 
     `token` is negative for a pad; `extra` is the row of extra_k and extra_v (negative: none); `ok`: takes part;
-    `boxed`: lies in the box (an appended row does not); `factor`: q_scale or k_scale; `shift`: key_bias.
+    `boxed`: lies in the box (an appended row does not); `factor`: q_scale or k_scale; `shift`: key_bias, -inf where not ok.
     """
 
     slot: Any
@@ -71,13 +71,22 @@ def load_flags(plan, row):
 
 
 @triton.jit
-def slot_field(plan, box, slot, ok, FIELD: tl.constexpr):
-    """One field of the entries of the slots [S]: the sum over the three axes."""
-    rest = slot // box.extent2
-    at0 = plan.axes + (box.begin0 + rest // box.extent1) * 4 + FIELD
-    at1 = plan.axes + (box.begin1 + rest % box.extent1) * 4 + FIELD
-    at2 = plan.axes + (box.begin2 + slot % box.extent2) * 4 + FIELD
-    return tl.load(at0, mask=ok, other=0) + tl.load(at1, mask=ok, other=0) + tl.load(at2, mask=ok, other=0)
+def slot_entries(plan, box, slot):
+    """token (-1 outside the box), region, code [S] of slots: sums over the three axes; boxed [S]: the slot lies in the box.
+
+    Whole entries are loaded, as one tile [S, 4]: the compiler repeats smaller loads, and the divisions before them, in
+    every layout that needs a field. Slots outside the box read its last one, so that every code is a valid one."""
+    boxed = slot < box.slots
+    inside = tl.minimum(slot, box.slots - 1)
+    rest = inside // box.extent2
+    field = tl.arange(0, 4)[None, :]
+    entry = tl.load(plan.axes + (box.begin0 + rest // box.extent1)[:, None] * 4 + field)
+    entry += tl.load(plan.axes + (box.begin1 + rest % box.extent1)[:, None] * 4 + field)
+    entry += tl.load(plan.axes + (box.begin2 + inside % box.extent2)[:, None] * 4 + field)
+    token_code, region_coord = tl.split(tl.reshape(entry, (slot.shape[0], 2, 2)))
+    token, code = tl.split(token_code)
+    region, _ = tl.split(region_coord)
+    return tl.where(boxed, token, -1), region, code, boxed
 
 
 @triton.jit
@@ -127,10 +136,7 @@ def load_key_rows(X, EXTRA, b, h, keys, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def query_slots(plan, box, slot, b, h, q_scale, ACC: tl.constexpr):
     """The query slots [S] of a box."""
-    boxed = slot < box.slots
-    token = tl.where(boxed, slot_field(plan, box, slot, boxed, 0), -1)
-    region = slot_field(plan, box, slot, boxed, 1)
-    code = slot_field(plan, box, slot, boxed, 2)
+    token, region, code, boxed = slot_entries(plan, box, slot)
     ok = token >= 0
     factor = tl.full(slot.shape, 1.0, ACC)
     if q_scale is not None:
@@ -139,25 +145,25 @@ def query_slots(plan, box, slot, b, h, q_scale, ACC: tl.constexpr):
 
 
 @triton.jit
-def key_slots(plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, ACC: tl.constexpr):
+def key_slots(plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, APPENDED: tl.constexpr, ACC: tl.constexpr):
     """The key slots [S] of a plan row: its key box, then the extra rows from EDGE on."""
-    boxed = slot < box.slots
-    token = tl.where(boxed, slot_field(plan, box, slot, boxed, 0), -1)
-    region = slot_field(plan, box, slot, boxed, 1)
-    code = slot_field(plan, box, slot, boxed, 2)
-    extra = tl.where(boxed, -1, EDGE + slot - box.slots)
-    extra = tl.where(extra < n_extra, extra, -1)
+    token, region, code, boxed = slot_entries(plan, box, slot)
+    extra = token * 0 - 1
+    if APPENDED:
+        extra = tl.where(boxed, -1, EDGE + slot - box.slots)
+        extra = tl.where(extra < n_extra, extra, -1)
+        if terms.bias is not None:
+            appended_code = tl.minimum(tl.maximum(terms.bias.size - n_extra + extra, 0), terms.bias.size - 1)
+            code = tl.where(boxed, code, appended_code)
     if EDGE:
         extra = tl.where(boxed & (token < 0), 0, extra)
-    if terms.bias is not None:
-        code = tl.where(boxed, code, terms.bias.size - n_extra + extra)
     ok = (token >= 0) | (extra >= 0)
     factor = tl.full(slot.shape, 1.0, ACC)
     if terms.k_scale is not None:
         factor = load_scalars(terms.k_scale, b, h, token, token >= 0, 1.0)
-    shift = tl.full(slot.shape, 0.0, ACC)
+    shift = tl.where(ok, tl.full(slot.shape, 0.0, ACC), float("-inf"))
     if terms.key_bias is not None:
-        shift = load_scalars(terms.key_bias, b, 0, token, token >= 0, 0.0)
+        shift += load_scalars(terms.key_bias, b, 0, token, token >= 0, 0.0)
         ok = ok & (shift != float("-inf"))  # never read: an ignored key may hold NaN
     return Slots(slot, token, extra, ok, boxed, region, code, factor, shift)
 

@@ -49,23 +49,25 @@ class Dropout(NamedTuple):
 
 
 @triton.jit
-def finish_scores(qk, queries, keys, terms, window, h, flags, scale, mask_value, REGIONS: tl.constexpr):
-    """Scores from the dot products qk; `queries` and `keys` expanded against each other; -inf where excluded."""
+def finish_scores(
+    qk, queries, keys, terms, window, h, flags, scale, mask_value, REGIONS: tl.constexpr, APPENDED: tl.constexpr
+):  # fmt: skip
+    """Scores from the dot products qk; `queries` and `keys` expanded against each other; -inf for keys that are not ok.
+
+    Queries that are not ok get scores of no meaning: their outputs are not stored, and lse = inf makes their weights 0."""
     s = qk * (queries.factor * scale) * keys.factor
-    both = queries.ok & keys.ok
     if terms.bias is not None:
-        index = tl.where(keys.boxed, queries.code, 0) + keys.code
-        s += tl.load(terms.bias.data + h * terms.bias.stride_h + index, mask=both, other=0.0)
-    if terms.key_bias is not None:
-        s += keys.shift
+        index = (tl.where(keys.boxed, queries.code, 0) if APPENDED else queries.code) + keys.code
+        s += tl.load(terms.bias.data + h * terms.bias.stride_h + index)
     if terms.mask is not None:
         at = terms.mask.data + (window % terms.mask.count) * terms.mask.stride_m + h * terms.mask.stride_h
         at += queries.slot.to(tl.int64) * terms.mask.stride_q + keys.slot * terms.mask.stride_k
-        s += tl.load(at, mask=both & keys.boxed, other=0.0)
+        s += tl.load(at, mask=queries.ok & keys.boxed, other=0.0)
     if REGIONS:
         if flags & 1:
-            s = tl.where((queries.region != keys.region) & keys.boxed, s + mask_value, s)
-    return tl.where(both, s, float("-inf"))
+            crosses = queries.region != keys.region
+            s = tl.where(crosses & keys.boxed if APPENDED else crosses, s + mask_value, s)
+    return s + keys.shift
 
 
 @triton.jit
