@@ -150,7 +150,7 @@ ROWS = (
         _triton_forward,
         _triton_backward,
         devices=("cuda", "cpu"),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        dtypes=FLOATS,
         available=_backends.have_triton,
         max_head_dim=256,
         min_arch=80,
