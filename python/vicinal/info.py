@@ -1,4 +1,5 @@
-"""What this installation is and can do: `python -m vicinal.info`, for people and bug reports; `--json` for programs."""
+"""What this installation is and can do: `python -m vicinal.info`, for people and bug reports; `--json` for
+programs."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def installed_version(package: str) -> str | None:
 
 
 def bundled_ptxas() -> str | None:
-    """The version of the PTX assembler that Triton ships: it bounds the GPUs that Triton's kernels can serve."""
+    """The version of the PTX assembler that Triton ships: it bounds the GPUs that Triton's kernels can
+    serve."""
     try:
         package = importlib.import_module("triton.backends.nvidia")
         program = Path(str(package.__file__)).parent / "bin" / "ptxas"
@@ -88,7 +90,8 @@ def render(facts: dict[str, Any]) -> str:
             lines.append(f"{name:<16}{words(value)}")
     if facts["native"] is None:
         lines.append(
-            "No native code: the cpu and cuda backends are absent. Install with a C++17 compiler to have them."
+            "No native code: the cpu and cuda backends are absent. "
+            "Install with a C++17 compiler to have them."
         )
     return "\n".join(lines)
 
