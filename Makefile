@@ -20,7 +20,7 @@ test: $(BUILT)  ## all tests but the slow ones
 	$(RUN) -m pytest -n $(WORKERS) -q -m "not slow" $(TESTS)
 
 slow-test: $(BUILT)  ## the tests that take more than 30 seconds each
-	$(RUN) -m pytest -q -m slow $(TESTS) || [ $$? -eq 5 ]  # 5: there are none
+	$(RUN) -m pytest -n $(WORKERS) -q -m slow $(TESTS) || [ $$? -eq 5 ]  # 5: there are none
 
 check: $(BUILT)  ## formatting, lint and types
 	$(RUN) -m ruff check .
@@ -41,7 +41,7 @@ clean:
 
 # torch comes first and alone: its version decides which build of everything else fits. torchvision names the
 # torch it was built with, which need not be the build that is installed.
-$(INSTALLED): constraints.txt pyproject.toml
+$(INSTALLED): constraints.txt pyproject.toml setup.py python/vicinal/_version.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) triton
@@ -50,6 +50,6 @@ $(INSTALLED): constraints.txt pyproject.toml
 	VICINAL_NATIVE=0 $(PIP) --no-build-isolation -e ".[test,models,bench,dev]"
 	touch $@
 
-$(BUILT): $(INSTALLED) setup.py python/vicinal/_version.py $(NATIVE)
-	$(PIP) --no-build-isolation --no-deps -e .
+$(BUILT): $(INSTALLED) $(NATIVE)
+	$(RUN) setup.py --quiet build_ext --inplace
 	touch $@
