@@ -85,7 +85,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_warns(checkout: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.endswith(".so")]
-    assert {"vicinal/py.typed", "vicinal/info.py", "vicinal/kernels/__init__.py"} <= set(names)
+    assert {"vicinal/py.typed", "vicinal/_C.pyi", "vicinal/kernels/__init__.py"} <= set(names)
     assert not [name for name in names if name.split("/")[0] not in ("vicinal", wheel_metadata(wheel))]
 
 
