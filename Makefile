@@ -14,13 +14,16 @@ CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 # Test processes run side by side; one thread each. Tests of threading set their own number.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test slow-test check format build clean
+.PHONY: test slow-test demo check format build clean
 
 test: $(BUILT)  ## all tests but the slow ones
 	$(RUN) -m pytest -n $(WORKERS) -q -m "not slow" $(TESTS)
 
 slow-test: $(BUILT)  ## the tests that take more than 30 seconds each
 	$(RUN) -m pytest -n $(WORKERS) -q -m slow $(TESTS) || [ $$? -eq 5 ]  # 5: there are none
+
+demo: $(BUILT)  ## a model trained with and without vicinal; pictures in demo-output
+	$(RUN) examples/demo.py
 
 check: $(BUILT)  ## formatting, lint and types
 	$(RUN) -m ruff check .
