@@ -30,7 +30,7 @@ check: $(BUILT)  ## formatting, lint and types
 	$(RUN) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES)
 	$(RUN) -m mypy
-	$(RUN) -m mypy setup.py
+	$(RUN) -m mypy setup.py tests examples
 
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .

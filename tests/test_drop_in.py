@@ -1,4 +1,5 @@
-"""An accelerated model equals the model it was: weights, outputs, gradients, training, copies; and the fast path ran."""
+"""An accelerated model equals the model it was: weights, outputs, gradients, training, copies; and the fast
+path ran."""
 
 from __future__ import annotations
 
@@ -43,7 +44,14 @@ def _cswin(**changes: Any) -> nn.Module:
 
 def _timm(version: int, size: tuple[int, int], **options: Any) -> nn.Module:
     library("timm")
-    options = {"img_size": size, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 10, **options}
+    options = {
+        "img_size": size,
+        "embed_dim": 32,
+        "depths": (2, 2),
+        "num_heads": (2, 4),
+        "num_classes": 10,
+        **options,
+    }
     if version == 1:
         return library("timm.models.swin_transformer").SwinTransformer(window_size=7, **options)
     return library("timm.models.swin_transformer_v2").SwinTransformerV2(window_size=8, **options)
@@ -53,7 +61,13 @@ def _torchvision(version: int, **options: Any) -> nn.Module:
     swin = library("torchvision.models.swin_transformer")
     block = swin.SwinTransformerBlock if version == 1 else swin.SwinTransformerBlockV2
     merging = swin.PatchMerging if version == 1 else swin.PatchMergingV2
-    options = {"num_classes": 10, "stochastic_depth_prob": 0.0, "block": block, "downsample_layer": merging, **options}
+    options = {
+        "num_classes": 10,
+        "stochastic_depth_prob": 0.0,
+        "block": block,
+        "downsample_layer": merging,
+        **options,
+    }
     return swin.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [7, 7] if version == 1 else [8, 8], **options)
 
 
@@ -71,7 +85,13 @@ class _Logits(nn.Module):
 def _transformers(size: tuple[int, int]) -> nn.Module:
     library("regex")  # without it transformers fails with another error than ImportError
     transformers = library("transformers")
-    sizes = {"image_size": list(size), "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "num_labels": 10}
+    sizes = {
+        "image_size": list(size),
+        "embed_dim": 32,
+        "depths": [2, 2],
+        "num_heads": [2, 4],
+        "num_labels": 10,
+    }
     config = transformers.SwinConfig(patch_size=4, window_size=7, drop_path_rate=0.0, **sizes)
     return _Logits(transformers.SwinForImageClassification(config))
 
@@ -146,7 +166,9 @@ def test_outputs_and_every_gradient_of_a_layer(name: str) -> None:
     expected = gradients(double(block), x.double())
     assert vicinal.accelerate(block).replaced
     actual = gradients(block, x)
-    if name == "swin-one-token":  # one real token among pads that are all alike: rounding is all that most weights see
+    if (
+        name == "swin-one-token"
+    ):  # one real token among pads that are all alike: rounding is all that most weights see
         assert rms_ratio(actual["output"], expected["output"]) <= 1e-5
         assert rms_ratio(actual["input.grad"], expected["input.grad"]) <= 1e-5
     else:

@@ -89,7 +89,8 @@ def _triton_backward(call: AttendCall, grads: AttendGrads) -> None:
 
 @dataclass(frozen=True)
 class Launchers:
-    """One backend: its launchers (None: the reference, which is no op) and its capabilities for any softmax family."""
+    """One backend: its launchers (None: the reference, which is no op) and its capabilities for any softmax
+    family."""
 
     backend: str
     forward: Callable[[AttendCall], None] | None

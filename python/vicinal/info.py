@@ -41,7 +41,7 @@ def installed_version(package: str) -> str | None:
 
 
 def bundled_ptxas() -> str | None:
-    """The version of the PTX assembler that Triton ships, which bounds the GPUs that its kernels can serve."""
+    """The version of the PTX assembler that Triton ships; it bounds the GPUs that its kernels serve."""
     try:
         package = importlib.import_module("triton.backends.nvidia")
         program = Path(str(package.__file__)).parent / "bin" / "ptxas"

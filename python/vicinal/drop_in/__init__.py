@@ -1,8 +1,8 @@
 """Drop-ins: give a published model the fused attention, and take it back.
 
-`accelerate(model)` walks a model and changes the class of every module that it knows to a subclass whose forward calls
-vicinal. Parameters, buffers, hooks, names and the module objects themselves stay as they are, so state dicts,
-optimisers, copies and pickles are not affected; `restore(model)` changes the classes back.
+`accelerate(model)` walks a model and changes the class of every module that it knows to a subclass whose
+forward calls vicinal. Parameters, buffers, hooks, names and the module objects themselves stay as they are,
+so state dicts, optimisers, copies and pickles are not affected; `restore(model)` changes the classes back.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
     """Replace the attention of every module that is recognised, in place.
 
     Known are the blocks of vicinal's own reference models and of Swin in timm, torchvision and transformers.
-    A block computes the same function as before, with one fused operation in the place of roll, pad, partition,
-    mask and softmax.
+    A block computes the same function as before, with one fused operation in the place of roll, pad,
+    partition, mask and softmax.
 
     Args:
         model: any module; it is changed in place unless `dry_run`.
@@ -53,7 +53,8 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
         dry_run: only report what would happen.
 
     Returns:
-        A report: print it for a table of what each module became, and of each module that looks like attention and was
+        A report: print it for a table of what each module became, and of each module that looks like
+            attention and was
         left alone, with the reason.
 
     Raises:
@@ -78,7 +79,9 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
         cls = type(module)
         adapter = by_original.get(cls)
         if adapter is None:
-            reason = "it is accelerated already" if cls in by_accelerated else _unknown(module, tuple(by_original))
+            reason = (
+                "it is accelerated already" if cls in by_accelerated else _unknown(module, tuple(by_original))
+            )
             if cls in by_accelerated:
                 covered.update(module.modules())
         else:

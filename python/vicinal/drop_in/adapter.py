@@ -28,7 +28,8 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Row:
-    """One module of the walk: its name in the model, its class, the class it got (None: left alone), and why."""
+    """One module of the walk: its name in the model, its class, the class it got (None: left alone), and
+    why."""
 
     name: str
     module: type[nn.Module]

@@ -1,4 +1,5 @@
-"""Reference models in plain PyTorch, written from the papers' formulas; see `vicinal.accelerate` for the fast ones."""
+"""Reference models in plain PyTorch, written from the papers' formulas; see `vicinal.accelerate` for the fast
+ones."""
 
 from vicinal.models.configs import (
     cswin_base,
