@@ -14,7 +14,7 @@ CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 # Test processes run side by side; one thread each. Tests of threading set their own number.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test slow-test demo check format build clean
+.PHONY: test slow-test demo bench check format build clean
 
 test: $(BUILT)  ## all tests but the slow ones
 	$(RUN) -m pytest -n $(WORKERS) -q -m "not slow" $(TESTS)
@@ -25,12 +25,15 @@ slow-test: $(BUILT)  ## the tests that take more than 30 seconds each
 demo: $(BUILT)  ## a model trained with and without vicinal; pictures in demo-output
 	$(RUN) examples/demo.py
 
+bench: $(BUILT)  ## benchmarks; BENCH="--help" lists what there is to ask for
+	$(RUN) -m benchmarks $(BENCH)
+
 check: $(BUILT)  ## formatting, lint and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES)
 	$(RUN) -m mypy
-	$(RUN) -m mypy setup.py tests examples
+	$(RUN) -m mypy setup.py tests examples benchmarks
 
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
