@@ -149,6 +149,11 @@ def check_qkv_types(q: Any, k: Any, v: Any) -> None:
             )
 
 
+def check_lse(activation: Any) -> None:
+    if activation != "softmax":
+        raise ValueError(f"return_lse is True; it needs activation 'softmax', not {activation!r}")
+
+
 def _shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     if tuple(x.shape) != tuple(expected):
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be {meaning} = {list(expected)}")
