@@ -1,8 +1,9 @@
-"""A family of ops from one declaration: schemas, one overload per backend and direction, fakes, autograd, vmap.
+"""A family of ops from one declaration: schemas, one overload per backend and direction, fakes, autograd,
+vmap.
 
 `vicinal::<family>_fwd.<backend>(tensors, options) -> outputs` and
-`vicinal::<family>_bwd.<backend>(gradients of outputs, outputs, tensors, options, packed) -> gradients`. Backends mix: what
-the forward of one returned, the backward of another takes.
+`vicinal::<family>_bwd.<backend>(gradients of outputs, outputs, tensors, options, packed) -> gradients`.
+Backends mix: what the forward of one returned, the backward of another takes.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ LIBRARY = torch.library.Library("vicinal", "DEF")
 
 @dataclass(frozen=True)
 class Family:
-    """Names of a family's tensors ("name" or "name?" for optional ones), options ("type name"), outputs, and the tensors that
-    get gradients. `packed`: the first three tensors may come as one [B, *space, 3, H, D] tensor; their gradient then comes so.
-    `fake_fwd(tensors, options)` and `fake_bwd(outputs, tensors, options, packed)` allocate as the launchers do."""
+    """Names of a family's tensors ("name" or "name?" for optional ones), options ("type name"), outputs, and
+    the tensors that get gradients. `packed`: the first three tensors may come as one [B, *space, 3, H, D]
+    tensor; their gradient then comes so. `fake_fwd(tensors, options)` and `fake_bwd(outputs, tensors,
+    options, packed)` allocate as the launchers do."""
 
     name: str
     tensors: tuple[str, ...]
@@ -52,9 +54,13 @@ def empty_gradient(like: Tensor) -> Tensor:
 
 
 def define(
-    family: Family, backend: str, forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]
+    family: Family,
+    backend: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
 ) -> None:
-    """Register one backend's overloads. forward(*tensors, *options); backward(*grads, *outputs, *tensors, *options, packed)."""
+    """Register one backend's overloads. forward(*tensors, *options); backward(*grads, *outputs, *tensors,
+    *options, packed)."""
     n_tensors, n_outputs = len(family.tensors), len(family.outputs)
 
     def fake_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -66,9 +72,11 @@ def define(
         return family.fake_bwd(rest[:n_outputs], tensors, rest[n_outputs + n_tensors : -1], args[-1])
 
     fwd_schema, bwd_schema = family.schemas()
-    pairs = ((f"{family.name}_fwd", fwd_schema, forward, fake_forward),)
-    pairs += ((f"{family.name}_bwd", bwd_schema, backward, fake_backward),)
-    for op, schema, implementation, fake in pairs:
+    directions: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
+        (f"{family.name}_fwd", fwd_schema, forward, fake_forward),
+        (f"{family.name}_bwd", bwd_schema, backward, fake_backward),
+    )
+    for op, schema, implementation, fake in directions:
         name = f"{op}.{backend}"
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, implementation, "CPU")
@@ -81,8 +89,8 @@ def autograd_function(
 ) -> Callable[..., tuple[Tensor, ...]]:
     """apply(backend, packed, *tensors, *options) -> outputs, differentiable once.
 
-    When packed, the first tensor is [B, *space, 3, H, D] and the next two are None. finish(grads, tensors) turns the op's
-    gradients (one per family.gradients, None where there is none) into those of all tensors.
+    When packed, the first tensor is [B, *space, 3, H, D] and the next two are None. finish(grads, tensors)
+    turns the op's gradients (one per family.gradients, None where there is none) into those of all tensors.
     """
     fwd = getattr(torch.ops.vicinal, f"{family.name}_fwd")
     bwd = getattr(torch.ops.vicinal, f"{family.name}_bwd")

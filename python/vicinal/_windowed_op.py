@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from . import _backends, _launch
-from ._attend import AttendCall, AttendGrads, accumulator, flat, slice_call, slice_grads, sum_copies, with_copied_keys
+from ._attend import (
+    AttendCall,
+    AttendGrads,
+    accumulator,
+    flat,
+    slice_call,
+    slice_grads,
+    sum_copies,
+    with_copied_keys,
+)
 from ._family import Family, autograd_function, define, empty_gradient
 from .plan import AxisWindows, Plan, window_plan
 
@@ -50,7 +59,9 @@ class Geometry:
         made = tuple(Group(int(n), _split(window), _split(shift)) for n, window, shift in parsed)
         return Geometry(partition, pad_order, pad_side, bias, _split(kv), _split(q), made)
 
-    def axes(self, group: Group, q_space: tuple[int, ...], k_space: tuple[int, ...]) -> tuple[AxisWindows, ...]:
+    def axes(
+        self, group: Group, q_space: tuple[int, ...], k_space: tuple[int, ...]
+    ) -> tuple[AxisWindows, ...]:
         """The axes of one group on grids of these sizes."""
         result = []
         for a, (length, q_length) in enumerate(zip(k_space, q_space, strict=True)):
@@ -78,14 +89,35 @@ def plans(
     for group in geometry.groups:
         last = first + (group.heads or heads)
         axes = geometry.axes(group, q_space, k_space)
-        plan = window_plan(axes, geometry.bias, geometry.partition, geometry.pad_order, geometry.pad_side, device)
+        plan = window_plan(
+            axes, geometry.bias, geometry.partition, geometry.pad_order, geometry.pad_side, device
+        )
         result.append((first, last, plan))
         first = last
     return tuple(result)
 
 
-TENSORS = ("q", "k", "v", "bias?", "q_scale?", "k_scale?", "extra_k?", "extra_v?", "key_bias?", "mask?", "seed?")
-OPTIONS = ("str geometry", "float scale", "float mask_value", "int edge_row", "str activation", "float dropout_p")
+TENSORS = (
+    "q",
+    "k",
+    "v",
+    "bias?",
+    "q_scale?",
+    "k_scale?",
+    "extra_k?",
+    "extra_v?",
+    "key_bias?",
+    "mask?",
+    "seed?",
+)
+OPTIONS = (
+    "str geometry",
+    "float scale",
+    "float mask_value",
+    "int edge_row",
+    "str activation",
+    "float dropout_p",
+)
 
 
 def _fake_forward(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -98,13 +130,16 @@ def _fake_backward(
     outputs: tuple[Any, ...], tensors: tuple[Any, ...], options: tuple[Any, ...], packed: bool
 ) -> tuple[Tensor, ...]:
     q, k, v, bias, _, _, extra_k, extra_v, *_ = tensors
+    first: tuple[Tensor, ...]
     if packed:
         dqkv = torch.empty((*q.shape[:-2], 3, *q.shape[-2:]), dtype=q.dtype, device=q.device)
         first = (dqkv, empty_gradient(k), empty_gradient(v))
     else:
         first = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     acc = accumulator(q.dtype)
-    small = (empty_gradient(q) if t is None else t.new_empty(t.shape, dtype=acc) for t in (bias, extra_k, extra_v))
+    small = (
+        empty_gradient(q) if t is None else t.new_empty(t.shape, dtype=acc) for t in (bias, extra_k, extra_v)
+    )
     return (*first, *small)
 
 
@@ -209,7 +244,9 @@ def _per_sample(result: Tensor, tensor: Tensor | None, batch: int) -> Tensor | N
     return result if tensor.shape[0] == batch else result.new_empty(batch, *result.shape[1:])
 
 
-def _backward_group(launch: Callable[[AttendCall, AttendGrads], None], call: AttendCall, grads: AttendGrads) -> None:
+def _backward_group(
+    launch: Callable[[AttendCall, AttendGrads], None], call: AttendCall, grads: AttendGrads
+) -> None:
     if not call.plan.overlap:
         launch(call, grads)
         return
@@ -228,8 +265,9 @@ for _row in _launch.ROWS:
 
 
 def _finish(grads: list[Tensor | None], tensors: tuple[Any, ...], packed: bool) -> list[Tensor | None]:
-    """Gradients of all tensors. Scores are scale * q_scale * k_scale * (q . k), so q_scale gets (q . dq) / q_scale."""
-    q, k, _, bias, q_scale, k_scale, extra_k, extra_v, *_ = tensors
+    """Gradients of all tensors. Scores are scale * q_scale * k_scale * (q . k), so q_scale gets (q . dq) /
+    q_scale."""
+    bias, q_scale, extra_k, extra_v = tensors[3], tensors[4], tensors[6], tensors[7]
     dq, dk, dv, dbias, dextra_k, dextra_v = grads
     if packed:
         parts = dq.unbind(-3) if dq is not None else ()

@@ -17,6 +17,9 @@ from ._windowed_types import RelativeBias, Size, Windows, per_axis
 
 LOG_100 = 4.605170185988092
 
+# device, dtype, head_dim, head_dim_v, features, arch: constants to torch.compile, which makes no Problem
+ProblemKey = tuple[str, torch.dtype, int, int, tuple[str, ...], int | None]
+
 
 def geometry_of(windows: Windows, rank: int) -> Geometry:
     return _geometry(windows, rank, "none")[0]
@@ -26,7 +29,9 @@ def geometry_of(windows: Windows, rank: int) -> Geometry:
 def _geometry(windows: Windows, rank: int, bias: str) -> tuple[Geometry, str]:
     """The ops' geometry of these windows on a grid of this rank, and its text."""
     if windows.head_groups is not None:
-        groups = tuple(Group(n, per_axis(size, rank), per_axis(s, rank)) for n, size, s in windows.head_groups)
+        groups = tuple(
+            Group(n, per_axis(size, rank), per_axis(s, rank)) for n, size, s in windows.head_groups
+        )
     else:
         assert windows.size is not None
         groups = (Group(0, per_axis(windows.size, rank), per_axis(windows.shift, rank)),)
@@ -67,13 +72,13 @@ class Call:
     dropout_p: float
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, windows: Windows | Size, *options: Any) -> Call:
+def prepare(q: Tensor, k: Tensor, v: Tensor, windows: Windows | Size, *options: Any, **named: Any) -> Call:
     """Cast under autocast, check, and name the arguments."""
     check.check_qkv_types(q, k, v)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    call = Call(q, k, v, as_windows(check.check_window_type(windows, Windows)), *options)
+    call = Call(q, k, v, as_windows(check.check_window_type(windows, Windows)), *options, **named)
     if isinstance(call.bias, Tensor) and call.bias.dim() == 2:
         call.bias = RelativeBias(call.bias)
     check.check_call(call, RelativeBias)
@@ -81,16 +86,20 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, windows: Windows | Size, *options: 
 
 
 @torch.compiler.assume_constant_result
-def choose(*key: Any) -> str:
-    *problem, features, arch, backend = key
-    return _backends.select(_backends.Problem("windowed", *problem, frozenset(features), arch), backend)
+def choose(key: ProblemKey, backend: str | None) -> str:
+    return _backends.select(problem_of(key), backend)
+
+
+def problem_of(key: ProblemKey) -> _backends.Problem:
+    device, dtype, head_dim, head_dim_v, features, arch = key
+    return _backends.Problem("windowed", device, dtype, head_dim, head_dim_v, frozenset(features), arch)
 
 
 def select(call: Call, backend: str | None) -> str:
-    return choose(*problem_key(call), backend)
+    return choose(problem_key(call), backend)
 
 
-def problem_key(call: Call) -> tuple[Any, ...]:
+def problem_key(call: Call) -> ProblemKey:
     q, features = call.q, []
     if call.activation != "softmax":
         features.append(call.activation)
@@ -125,7 +134,8 @@ def _run_op(call: Call, backend: str, qkv: Tensor | None, seed: Tensor | None) -
     first = (call.q, call.k, call.v) if qkv is None else (qkv, None, None)
     tensors = (*first, table, q_scale, k_scale, extra_k, extra_v, _key_bias(call, acc), mask, seed)
     options = (text, scale, mask_value, edge_row, call.activation, call.dropout_p)
-    return windowed_op(backend, qkv is not None, *tensors, *options)
+    out, lse = windowed_op(backend, qkv is not None, *tensors, *options)
+    return out, lse
 
 
 def _table(call: Call, acc: torch.dtype) -> tuple[str, Tensor | None]:
@@ -145,7 +155,8 @@ def _table(call: Call, acc: torch.dtype) -> tuple[str, Tensor | None]:
 
 
 def _relative_table(call: Call, bias: RelativeBias) -> tuple[str, Tensor]:
-    """Signed tables of the window in use go to the kernel; every other form is gathered here, differentiably."""
+    """Signed tables of the window in use go to the kernel; every other form is gathered here,
+    differentiably."""
     q_window, k_window = bias_windows(call)
     if isinstance(bias.index, Tensor) or (bias.window is not None and bias.window != q_window):
         return "dense", bias.dense(q_window, k_window).flatten(1)
@@ -179,7 +190,8 @@ def _norm(x: Tensor, acc: torch.dtype) -> Tensor:
 
 
 def _extras(call: Call) -> tuple[int, Tensor | None, Tensor | None]:
-    """1 if pads read an edge row, and the extra rows [1 or B, E, h, d]: the edge row first, then the extra keys."""
+    """1 if pads read an edge row, and the extra rows [1 or B, E, h, d]: the edge row first, then the extra
+    keys."""
     edge_row = int(call.windows.edge != "mask")
     extra_k, extra_v = call.extra_k, call.extra_v
     if edge_row:
