@@ -14,6 +14,10 @@ VICINAL_FOR_EACH_ISA(DECLARE)
 
 namespace py = pybind11;
 
+namespace vicinal {
+void bind_cpu(py::module_& m);
+}
+
 namespace {
 
 py::list words(const char* text) { return py::str(text).attr("split")(); }
@@ -44,4 +48,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vicinal.";
   m.def("build_info", &build_info, "How this library was compiled.");
+  vicinal::bind_cpu(m);
 }

@@ -1,5 +1,15 @@
 """Custom attention kernels for local, sparse and linear attention in PyTorch."""
 
+from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
+from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
 
-__all__ = ["__version__"]
+__all__ = [
+    "Explanation",
+    "RelativeBias",
+    "Windows",
+    "__version__",
+    "explain",
+    "windowed_attention",
+    "windowed_attention_qkvpacked",
+]

@@ -1,7 +1,7 @@
 """The executable specification: windowed attention in plain PyTorch, differentiable twice, any float dtype.
 
-Windows are made as the published models make them - pad, roll, partition - but on a grid of token ids, so nothing here
-reads a plan and a plan can be checked against it.
+Windows are made as the published models make them - pad, roll, partition - but on a grid of token ids, so
+nothing here reads a plan and a plan can be checked against it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .plan import AxisWindows
 
 
 def partition_ids(ids: Tensor, windows: Sequence[int], grid: bool) -> Tensor:
-    """[P1, .., Pr] with P_a divisible by windows[a] -> [number of windows, slots]; grid: slots at a stride."""
+    """[P1, .., Pr] with P_a divisible by windows[a] -> [number of windows, slots]; grid: slots at a
+    stride."""
     rank = ids.dim()
     shape = []
     for size, w in zip(ids.shape, windows, strict=True):
@@ -38,7 +39,12 @@ def _pad_amounts(sizes: Sequence[int], windows: Sequence[int], center: bool) -> 
 
 
 def window_ids(
-    lengths: Sequence[int], windows: Sequence[int], shifts: Sequence[int], partition: str, pad_order: str, pad_side: str
+    lengths: Sequence[int],
+    windows: Sequence[int],
+    shifts: Sequence[int],
+    partition: str,
+    pad_order: str,
+    pad_side: str,
 ) -> Tensor:
     """Token ids [number of windows, slots]; -1 where a slot is a pad."""
     rank = len(lengths)
@@ -78,7 +84,8 @@ def region_ids(lengths: Sequence[int], windows: Sequence[int], shifts: Sequence[
 
 
 def relative_index(q_window: Sequence[int], k_window: Sequence[int], order: str) -> Tensor:
-    """Index [Nq, Nk] into a table of prod(wq + wk - 1) rows (order "q-k" or "k-q"), or prod(wk) rows ("abs")."""
+    """Index [Nq, Nk] into a table of prod(wq + wk - 1) rows (order "q-k" or "k-q"), or prod(wk) rows
+    ("abs")."""
     q = torch.cartesian_prod(*[torch.arange(w) for w in q_window]).view(-1, len(q_window))
     k = torch.cartesian_prod(*[torch.arange(w) for w in k_window]).view(-1, len(k_window))
     index = torch.zeros(len(q), len(k), dtype=torch.long)
@@ -104,7 +111,8 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _weights(s: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Scores with -inf = excluded -> (weights, log-sum-exp); a row without a finite score gives 0 and -inf."""
+    """Scores with -inf = excluded -> (weights, log-sum-exp); a row without a finite score gives 0 and
+    -inf."""
     dead = torch.isneginf(s).all(-1, keepdim=True)
     alive = s.masked_fill(dead, 0.0)
     lse = torch.logsumexp(alive, -1, keepdim=True)
@@ -147,13 +155,16 @@ def windowed(
 ) -> tuple[Tensor, Tensor]:
     """q [B, Nq, h, dk], k [B, N, h, dk], v [B, N, h, dv] -> out [B, Nq, h, dv] in q's dtype, lse [B, Nq, h].
 
-    bias is dense, [h, slots of q, slots of k]; key_bias [B, N] is added per key (-inf: ignored). Everything else as in
-    `vicinal.windowed_attention`. Computes in float32 (float64 for float64 inputs) unless compute_dtype says otherwise.
+    bias is dense, [h, slots of q, slots of k]; key_bias [B, N] is added per key (-inf: ignored). Everything
+    else as in `vicinal.windowed_attention`. Computes in float32 (float64 for float64 inputs) unless
+    compute_dtype says otherwise.
     """
     dtype = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
     windows = [a.window for a in axes]
     lengths, shifts = [a.length for a in axes], [a.shift for a in axes]
-    q_ids = window_ids([a.q_length for a in axes], [a.q_window for a in axes], shifts, partition, pad_order, pad_side)
+    q_ids = window_ids(
+        [a.q_length for a in axes], [a.q_window for a in axes], shifts, partition, pad_order, pad_side
+    )
     if any(a.kv for a in axes):
         k_ids = overlapping_ids(lengths, windows, [a.kv for a in axes])
     else:
@@ -219,7 +230,9 @@ def _excluded(q_ids: Tensor, k_ids: Tensor, slots: int, edge: str) -> Tensor:
     return F.pad(pads, (0, slots - k_ids.shape[1]))[:, None]
 
 
-def _kept(p: Tensor, q_ids: Tensor, seed: Tensor, dropout_p: float, head_offset: int, head_total: int) -> Tensor:
+def _kept(
+    p: Tensor, q_ids: Tensor, seed: Tensor, dropout_p: float, head_offset: int, head_total: int
+) -> Tensor:
     b, _, h, _, slots = p.shape
     heads = torch.arange(h, device=p.device) + head_offset
     batch_head = torch.arange(b, device=p.device)[:, None] * head_total + heads

@@ -1,0 +1,70 @@
+// Bindings of the CPU kernels, and of the pairwise facts for tests.
+#include <pybind11/pybind11.h>
+
+#include "cpu/dispatch.h"
+#include "module_args.h"
+#include "pattern.h"
+
+namespace py = pybind11;
+
+namespace vicinal {
+namespace {
+
+// Plain C functions: pybind11's own calls would take longer than reading the whole tuple.
+template <class Params, Params (*kRead)(TupleReader&), void (*kLaunch)(const Params&, int)>
+PyObject* launch(PyObject*, PyObject* arguments) {
+  TupleReader t(arguments);
+  const Params p = kRead(t);
+  const int threads = t.small();
+  if (!t.ok()) return nullptr;
+  try {
+    cpu::isa();  // a wrong VICINAL_CPU_ISA throws here, with the lock held
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_BEGIN_ALLOW_THREADS;
+  kLaunch(p, threads);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"attend_fwd", launch<AttendFwd, read_attend_fwd, cpu::attend_fwd>, METH_O,
+     "attend_fwd(arguments): csrc/module_args.h has the order; the last one is the number of threads."},
+    {"attend_bwd", launch<AttendBwd, read_attend_bwd, cpu::attend_bwd>, METH_O,
+     "attend_bwd(arguments): csrc/module_args.h has the order; the last one is the number of threads."},
+    {nullptr, nullptr, 0, nullptr}};
+
+// [(token, region, code, coord)] of every slot of a box.
+py::list slot_entries(uintptr_t axes, py::sequence begin, py::sequence extent) {
+  int32_t b[3], e[3];
+  for (int i = 0; i < 3; ++i) b[i] = begin[i].cast<int32_t>(), e[i] = extent[i].cast<int32_t>();
+  py::list entries;
+  for (int32_t slot = 0; slot < e[0] * e[1] * e[2]; ++slot) {
+    const AxisEntry x = slot_entry(reinterpret_cast<const AxisEntry*>(axes), b, e, slot);
+    entries.append(py::make_tuple(x.token, x.region, x.code, x.coord));
+  }
+  return entries;
+}
+
+py::tuple philox_words(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  const Philox4 w = philox(seed, c0, c1, c2, c3);
+  return py::make_tuple(w.x[0], w.x[1], w.x[2], w.x[3]);
+}
+
+}  // namespace
+
+void bind_cpu(py::module_& m) {
+  PyModule_AddFunctions(m.ptr(), methods);
+  m.def("isa", &cpu::isa, "The instruction set in use.");
+  m.def("available_isas", [] { return py::str(cpu::available_isas()).attr("split")(); });
+  m.def("set_isa", &cpu::set_isa, py::arg("name"), "Choose an instruction set; '' goes back to the default.");
+  m.def("slot_entries", &slot_entries, py::arg("axes"), py::arg("begin"), py::arg("extent"));
+  m.def("bias_index", &bias_index);
+  m.def("crosses", &crosses);
+  m.def("philox", &philox_words);
+  m.def("dropout_threshold", &dropout_threshold);
+}
+
+}  // namespace vicinal

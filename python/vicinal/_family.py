@@ -1,0 +1,166 @@
+"""A family of ops from one declaration: schemas, one overload per backend and direction, fakes, autograd,
+vmap.
+
+`vicinal::<family>_fwd.<backend>(tensors, options) -> outputs` and
+`vicinal::<family>_bwd.<backend>(gradients of outputs, outputs, tensors, options, packed) -> gradients`.
+Backends mix: what the forward of one returned, the backward of another takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LIBRARY = torch.library.Library("vicinal", "DEF")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of a family's tensors ("name" or "name?" for optional ones), options ("type name"), outputs, and
+    the tensors that get gradients. `packed`: the first three tensors may come as one [B, *space, 3, H, D]
+    tensor; their gradient then comes so. `fake_fwd(tensors, options)` and `fake_bwd(outputs, tensors,
+    options, packed)` allocate as the launchers do."""
+
+    name: str
+    tensors: tuple[str, ...]
+    options: tuple[str, ...]
+    outputs: tuple[str, ...]
+    gradients: tuple[str, ...]
+    fake_fwd: Callable[..., tuple[Tensor, ...]]
+    fake_bwd: Callable[..., tuple[Tensor, ...]]
+
+    def schemas(self) -> tuple[str, str]:
+        def arguments(names: Sequence[str]) -> str:
+            return ", ".join(f"Tensor{'?' if n.endswith('?') else ''} {n.rstrip('?')}" for n in names)
+
+        tensors, options = arguments(self.tensors), ", ".join(self.options)
+        grads = arguments([f"d{name}?" for name in self.outputs])
+        forward = f"({tensors}, {options}) -> ({', '.join(['Tensor'] * len(self.outputs))})"
+        backward = (
+            f"({grads}, {arguments(self.outputs)}, {tensors}, {options}, bool packed)"
+            f" -> ({', '.join(['Tensor'] * len(self.gradients))})"
+        )
+        return forward, backward
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    """Stands for "no gradient" in the fixed arity of a backward op."""
+    return like.new_empty(0)
+
+
+def define(
+    family: Family,
+    backend: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+) -> None:
+    """Register one backend's overloads. forward(*tensors, *options); backward(*grads, *outputs, *tensors,
+    *options, packed)."""
+    n_tensors, n_outputs = len(family.tensors), len(family.outputs)
+
+    def fake_forward(*args: Any) -> tuple[Tensor, ...]:
+        return family.fake_fwd(args[:n_tensors], args[n_tensors:])
+
+    def fake_backward(*args: Any) -> tuple[Tensor, ...]:
+        rest = args[n_outputs:]
+        tensors = rest[n_outputs : n_outputs + n_tensors]
+        return family.fake_bwd(rest[:n_outputs], tensors, rest[n_outputs + n_tensors : -1], args[-1])
+
+    fwd_schema, bwd_schema = family.schemas()
+    directions: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
+        (f"{family.name}_fwd", fwd_schema, forward, fake_forward),
+        (f"{family.name}_bwd", bwd_schema, backward, fake_backward),
+    )
+    for op, schema, implementation, fake in directions:
+        name = f"{op}.{backend}"
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, implementation, "CPU")
+        LIBRARY.impl(name, implementation, "CUDA")
+        torch.library.register_fake(f"vicinal::{name}", fake, lib=LIBRARY)
+
+
+def autograd_function(
+    family: Family, finish: Callable[..., list[Tensor | None]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """apply(backend, packed, *tensors, *options) -> outputs, differentiable once.
+
+    When packed, the first tensor is [B, *space, 3, H, D] and the next two are None. finish(grads, tensors)
+    turns the op's gradients (one per family.gradients, None where there is none) into those of all tensors.
+    """
+    fwd = getattr(torch.ops.vicinal, f"{family.name}_fwd")
+    bwd = getattr(torch.ops.vicinal, f"{family.name}_bwd")
+    n = len(family.tensors)
+
+    def run(backend: str, packed: bool, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        if packed:
+            return getattr(fwd, backend)(*args[0].unbind(-3), *args[3:])
+        return getattr(fwd, backend)(*args)
+
+    def save(ctx: Any, backend: str, packed: bool, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        ctx.save_for_backward(*outputs, *args[:n])
+        ctx.backend, ctx.packed, ctx.options = backend, packed, args[n:]
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        outputs, tensors = saved[: len(family.outputs)], saved[len(family.outputs) :]
+        split = (*tensors[0].unbind(-3), *tensors[3:]) if ctx.packed else tensors
+        if grads[0] is None:
+            grads = (torch.zeros_like(outputs[0]), *grads[1:])
+        raw = getattr(bwd, ctx.backend)(*grads, *outputs, *split, *ctx.options, ctx.packed)
+        found = [None if g.numel() == 0 and g.dim() == 1 else g for g in raw]
+        return (None, None, *finish(found, split, ctx.packed), *[None] * len(ctx.options))
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, backend: str, packed: bool, *args: Any) -> tuple[Tensor, ...]:
+            outputs = run(backend, packed, args)
+            save(ctx, backend, packed, args, outputs)
+            return outputs
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            return differentiate(ctx, *grads)
+
+    class Transformable(torch.autograd.Function):
+        """The twin for torch.func: functorch wants a separate setup_context, and a rule for vmap."""
+
+        @staticmethod
+        def forward(backend: str, packed: bool, *args: Any) -> tuple[Tensor, ...]:
+            return run(backend, packed, args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            save(ctx, inputs[0], inputs[1], inputs[2:], output)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            return differentiate(ctx, *grads)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[Any, ...], backend: str, packed: bool, *args: Any) -> Any:
+            """One call per example: options and small tensors may differ between them."""
+            results = [
+                Transformable.apply(
+                    backend,
+                    packed,
+                    *[a if d is None else a.select(d, i) for a, d in zip(args, in_dims[2:], strict=True)],
+                )
+                for i in range(info.batch_size)
+            ]
+            outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
+            return outputs, tuple(0 for _ in outputs)
+
+    def apply(backend: str, packed: bool, *args: Any) -> tuple[Tensor, ...]:
+        if torch._C._are_functorch_transforms_active():
+            return Transformable.apply(backend, packed, *args)
+        return Differentiable.apply(backend, packed, *args)
+
+    return apply
