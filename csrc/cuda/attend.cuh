@@ -73,7 +73,7 @@ struct Dropout {
 __device__ inline float activated(Activation activation, float s) {
   if (s == minus_infinity()) return 0.0f;
   if (activation == kIdentity) return s;
-  const float r = fmaxf(s, 0.0f);
+  const float r = s < 0.0f ? 0.0f : s;  // keeps NaN
   return activation == kRelu ? r : r * r;
 }
 

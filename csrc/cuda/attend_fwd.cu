@@ -119,10 +119,10 @@ __global__ void __launch_bounds__(kMaxThreads) attend_fwd_kernel(AttendFwd p, Ti
     if (q[r].token == kNone) continue;
     const float factor = a.activation != kSoftmax ? 1.0f : sum > 0.0f ? 1.0f / sum : 0.0f;
     store_row<T>(row_of<T>(p.out, w.batch, q[r].token, w.head), o, r == 1, factor, first_col, a.head_dim_v,
-                 t.out_align >= 4);
+                 t.store_pairs);
     if (part == 0 && lane_pair() == 0) {
       float* lse = static_cast<float*>(p.lse) + (w.batch * a.n_q + q[r].token) * p.lse_stride_n + w.head;
-      *lse = sum > 0.0f ? fmaf(m[r], 1.0f, kLn2 * log2f(sum)) : minus_infinity();
+      *lse = sum > 0.0f ? m[r] + kLn2 * log2f(sum) : minus_infinity();
     }
   }
 }
@@ -132,7 +132,7 @@ cudaError_t forward(const AttendFwd& p, cudaStream_t stream) {
   constexpr int kKeys = kCols <= 64 ? 64 : 32;
   const Attend& a = p.a;
   Tiling t = tiling_of<T>(a, kCols);
-  t.out_align = alignment(p.out, sizeof(T));
+  t.store_pairs = alignment(p.out, sizeof(T)) >= 4;
   const Cut cut = cut_for(a.plan.q_slots, t.k_total, kKeys, [&](int rows, int stages) {
     return smem_of<QuerySlot>(rows) + smem_of<KeySlot>(stages * kKeys) + smem_of<T>(rows * t.d_stride) +
            smem_of<T>(stages * kKeys * t.d_stride) + smem_of<T>(stages * kKeys * t.dv_stride);

@@ -39,6 +39,7 @@ struct Tiling {
   int32_t d_pad, dv_pad;        // head dims rounded up to 16
   int32_t d_stride, dv_stride;  // elements between rows in shared memory
   int32_t q_align, k_align, v_align, out_align;  // bytes to which every row is aligned: 2, 4, 8 or 16
+  bool store_pairs;                              // rows that are written are aligned to 4 bytes
 };
 
 // The window that a block works on.
@@ -103,6 +104,13 @@ __device__ inline KeySlot key_slot(const Attend& a, const Window& w, int slot) {
     k.scale = static_cast<const float*>(a.k_scale)[(w.batch * a.n_k + k.token) * a.scale_stride_n + w.head];
   }
   return k;
+}
+
+// The token of a key slot, negative for pads and extra rows; of ignored keys too.
+__device__ inline int32_t key_token(const Attend& a, const Window& w, int slot) {
+  const PlanRow& row = a.plan.rows[w.row];
+  if (slot >= box_slots(row.k_extent)) return kNone;
+  return slot_entry(a.plan.axes, row.k_begin, row.k_extent, slot).token;
 }
 
 // 16 bytes of a row, zero from `valid` bytes on, from memory aligned to `align` bytes.

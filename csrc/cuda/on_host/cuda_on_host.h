@@ -211,6 +211,7 @@ void cp_async_wait() {
 
 inline float ex2(float x) { return exp2f(x); }
 
+inline int multiprocessors() { return 1; }
 inline size_t shared_memory_limit() { return on_host::shared_limit(); }
 
 template <class... Params, class... Args>
