@@ -1,6 +1,8 @@
 // Bindings of the CPU kernels, and of the pairwise facts for tests.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+
 #include "cpu/dispatch.h"
 #include "module_args.h"
 #include "pattern.h"
@@ -29,7 +31,40 @@ PyObject* launch(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
+// A forward launch whose tensors have the same shapes and strides as an earlier one: bytes of its AttendFwd, and
+// the pointers that differ. (remembered, q, k, v, bias, out, lse, threads)
+PyObject* remember_fwd(PyObject*, PyObject* arguments) {
+  TupleReader t(arguments);
+  const AttendFwd p = read_attend_fwd(t);
+  if (!t.ok()) return nullptr;
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&p), sizeof p);
+}
+
+PyObject* attend_fwd_again(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 8 || !PyBytes_Check(args[0]) || PyBytes_GET_SIZE(args[0]) != sizeof(AttendFwd)) {
+    PyErr_SetString(PyExc_TypeError, "expected what remember_fwd returned, six pointers and a thread count");
+    return nullptr;
+  }
+  AttendFwd p;
+  std::memcpy(&p, PyBytes_AS_STRING(args[0]), sizeof p);
+  void* pointers[6];
+  for (int i = 0; i < 6; ++i) {
+    pointers[i] = reinterpret_cast<void*>(static_cast<uintptr_t>(PyLong_AsUnsignedLongLong(args[i + 1])));
+  }
+  const int threads = static_cast<int>(PyLong_AsLong(args[7]));
+  if (PyErr_Occurred()) return nullptr;
+  p.a.q.data = pointers[0], p.a.k.data = pointers[1], p.a.v.data = pointers[2], p.a.bias = pointers[3];
+  p.out.data = pointers[4], p.lse = pointers[5];
+  Py_BEGIN_ALLOW_THREADS;
+  cpu::attend_fwd(p, threads);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
+    {"remember_fwd", remember_fwd, METH_O, "bytes of a forward launch, for attend_fwd_again."},
+    {"attend_fwd_again", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attend_fwd_again)),
+     METH_FASTCALL, "attend_fwd_again(remembered, q, k, v, bias, out, lse, threads)"},
     {"attend_fwd", launch<AttendFwd, read_attend_fwd, cpu::attend_fwd>, METH_O,
      "attend_fwd(arguments): csrc/module_args.h has the order; the last one is the number of threads."},
     {"attend_bwd", launch<AttendBwd, read_attend_bwd, cpu::attend_bwd>, METH_O,

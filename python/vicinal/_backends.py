@@ -48,14 +48,24 @@ class Row:
     missing: frozenset[str] = frozenset()
 
 
-ORDER = ("cuda", "triton", "cpu", "reference")
+ORDER = ("cpu", "cuda", "triton", "reference")
 _rows: list[Row] = []
+
+
+_listeners: list[Callable[[], None]] = []
+
+
+def on_change(forget: Callable[[], None]) -> None:
+    """Call `forget` whenever rows change: whoever remembers a choice must drop it then."""
+    _listeners.append(forget)
 
 
 def register(row: Row) -> None:
     _rows.append(row)
     _rows.sort(key=lambda r: ORDER.index(r.backend))
     _choice.cache_clear()
+    for forget in _listeners:
+        forget()
 
 
 def rows(family: str | None = None) -> list[Row]:

@@ -161,6 +161,8 @@ def autograd_function(
     def apply(backend: str, packed: bool, *args: Any) -> tuple[Tensor, ...]:
         if torch._C._are_functorch_transforms_active():
             return Transformable.apply(backend, packed, *args)
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in args[:n]):
+            return run(backend, packed, args)
         return Differentiable.apply(backend, packed, *args)
 
     return apply

@@ -71,6 +71,22 @@ def _cpu_forward(call: AttendCall) -> None:
     _C.attend_fwd((*_forward_arguments(call), torch.get_num_threads()))
 
 
+def _cpu_repeat(call: AttendCall) -> Callable[..., None]:
+    remembered, plan, again, threads = (
+        _C.remember_fwd((*_forward_arguments(call),)),
+        call.plan,
+        _C.attend_fwd_again,
+        torch.get_num_threads,
+    )
+
+    def launch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
+        assert plan is not None  # its tables are pointers of `remembered`
+        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if bias is None else bias.data_ptr())
+        again(remembered, *pointers, out.data_ptr(), lse.data_ptr(), threads())
+
+    return launch
+
+
 def _cpu_backward(call: AttendCall, grads: AttendGrads) -> None:
     _C.attend_bwd((*_backward_arguments(call, grads), torch.get_num_threads()))
 
@@ -90,7 +106,8 @@ def _triton_backward(call: AttendCall, grads: AttendGrads) -> None:
 @dataclass(frozen=True)
 class Launchers:
     """One backend: its launchers (None: the reference, which is no op) and its capabilities for any softmax
-    family."""
+    family. `repeat(call)`: a quick launcher (q, k, v, bias, out, lse) for tensors of the same shapes and strides.
+    """
 
     backend: str
     forward: Callable[[AttendCall], None] | None
@@ -101,6 +118,7 @@ class Launchers:
     max_head_dim: int | None = None
     min_arch: int | None = None
     missing: frozenset[str] = frozenset()
+    repeat: Callable[[AttendCall], Callable[..., None]] | None = None
 
     def capability(self, family: str) -> Row:
         limits = (self.max_head_dim, self.min_arch, self.missing)
@@ -118,6 +136,14 @@ ROWS = (
         max_head_dim=256,
         min_arch=80,
     ),
-    Launchers("cpu", _cpu_forward, _cpu_backward, ("cpu",), FLOATS, _backends.have_cpu),
+    Launchers(
+        "cpu",
+        _cpu_forward,
+        _cpu_backward,
+        devices=("cpu",),
+        dtypes=FLOATS,
+        available=_backends.have_cpu,
+        repeat=_cpu_repeat,
+    ),
     Launchers("reference", None, None, ("any",), FLOATS, _backends.have_reference),
 )

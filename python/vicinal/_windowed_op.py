@@ -120,10 +120,13 @@ OPTIONS = (
 )
 
 
+_NO_TENSORS = (None,) * 7  # of the optional ones, all but the bias
+
+
 def _fake_forward(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     q, v = tensors[0], tensors[2]
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-    return out, torch.empty(q.shape[:-1], dtype=accumulator(q.dtype), device=q.device)
+    rows = q.shape[:-1]
+    return q.new_empty((*rows, v.shape[-1])), q.new_empty(rows, dtype=accumulator(q.dtype))
 
 
 def _fake_backward(
@@ -188,19 +191,38 @@ def _for_each_group(tensors: tuple[Any, ...], geometry: str) -> tuple[tuple[int,
     return plans(geometry, tuple(q.shape[1:-2]), tuple(k.shape[1:-2]), q.shape[-2], q.device)
 
 
-def _forward(launch: Callable[[AttendCall], None]) -> Callable[..., tuple[Tensor, Tensor]]:
+def _forward(launchers: _launch.Launchers) -> Callable[..., tuple[Tensor, Tensor]]:
+    launch, repeat = launchers.forward, launchers.repeat
+    repeats: dict[Any, Callable[..., None]] = {}  # by shapes and strides, for calls without optional tensors
+    assert launch is not None
+
     def windowed_fwd(*args: Any) -> tuple[Tensor, Tensor]:
         tensors, options = args[:11], args[11:]
         out, lse = _fake_forward(tensors, options)
+        q, k, v, bias = args[:4]
+        key = None
+        if repeat is not None and args[4:11] == _NO_TENSORS:
+            shapes = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype)
+            key = (*shapes, None if bias is None else bias.shape, options)
+            again = repeats.get(key)
+            if again is not None:
+                again(q, k, v, bias, out, lse)
+                return out, lse
         if lse.numel() == 0:
             return out, lse
         call = _make_call(tensors, options, out, lse)
-        for first, last, plan in _for_each_group(tensors, options[0]):
-            if last - first == call.head_total:
-                call.plan = plan
-                launch(call)
-            else:
+        groups = _for_each_group(tensors, options[0])
+        if len(groups) > 1:
+            for first, last, plan in groups:
                 launch(slice_call(call, plan, first, last))
+            return out, lse
+        call.plan = groups[0][2]
+        launch(call)
+        copied = any(x.data_ptr() != y.data_ptr() for x, y in ((q, call.q), (k, call.k), (v, call.v)))
+        if repeat is not None and key is not None and not copied:
+            if len(repeats) >= 1024:
+                repeats.clear()
+            repeats[key] = repeat(call)
         return out, lse
 
     return windowed_fwd
@@ -261,7 +283,7 @@ def _backward_group(
 for _row in _launch.ROWS:
     _backends.register(_row.capability("windowed"))
     if _row.forward is not None and _row.backward is not None:
-        define(WINDOWED, _row.backend, _forward(_row.forward), _backward(_row.backward))
+        define(WINDOWED, _row.backend, _forward(_row), _backward(_row.backward))
 
 
 def _finish(grads: list[Tensor | None], tensors: tuple[Any, ...], packed: bool) -> list[Tensor | None]:

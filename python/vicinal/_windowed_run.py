@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from types import NoneType
 from typing import Any
 
 import torch
@@ -112,13 +113,69 @@ def problem_key(call: Call) -> ProblemKey:
     return q.device.type, q.dtype, int(q.shape[-1]), int(call.v.shape[-1]), tuple(features), arch
 
 
-def run(call: Call, backend: str | None, qkv: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out and lse. qkv: the packed tensor whose views q, k and v are, or None."""
+def run(
+    q: Tensor, k: Tensor, v: Tensor, qkv: Tensor | None, windows: Any, options: tuple[Any, ...], backend: Any
+) -> tuple[Tensor, Tensor]:
+    """out and lse. qkv: the packed tensor whose views q, k and v are, or None. options: those of Call, in order."""
+    key = _signature(q, k, v, windows, options, backend)
+    known = None if key is None else _settled.get(key)
+    if known is not None:
+        return _run_settled(known, q, k, v, qkv, options[0])
+    call = prepare(q, k, v, windows, *options)
     chosen = select(call, backend)
     seed = None
     if call.dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=call.q.device)
-    return _run_reference(call, seed) if chosen == "reference" else _run_op(call, chosen, qkv, seed)
+    if chosen == "reference":
+        return _run_reference(call, seed)
+    if key is not None:
+        _settle(key, call, chosen)
+    return _run_op(call, chosen, qkv, seed)
+
+
+# What was found for the first call of a signature: backend, geometry text, scale, mask value.
+Settled = tuple[str, str, float, float]
+_settled: dict[Any, Settled] = {}
+_backends.on_change(_settled.clear)
+
+
+def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], backend: Any) -> Any:
+    """What decides the checks and the choice of a call that has no tensors but q, k, v and a bias; None if it has."""
+    bias, scale, a, b, c, d, e, f, g, h, activation, dropout_p = options
+    if not (a is b is c is d is e is f is g is h is None and activation == "softmax" and dropout_p == 0):
+        return None
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return None
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(q.device.type):
+        return None
+    if bias is not None and not isinstance(bias, Tensor):
+        return None
+    if not isinstance(windows, (Windows, int)) or isinstance(windows, bool) or not isinstance(scale, (float, NoneType)):
+        return None
+    table = None if bias is None else (bias.shape, bias.dtype, bias.device)
+    tensors = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    return (*tensors, table, windows, scale, backend)
+
+
+def _settle(key: Any, call: Call, chosen: str) -> None:
+    kind = "none" if call.bias is None else "q-k" if isinstance(call.bias, RelativeBias) else "dense"
+    _, text = _geometry(call.windows, call.q.dim() - 3, kind)
+    if len(_settled) >= 4096:
+        _settled.clear()
+    _settled[key] = (chosen, text, _scales(call)[0], call.windows.mask_value)
+
+
+def _run_settled(
+    known: Settled, q: Tensor, k: Tensor, v: Tensor, qkv: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    backend, text, scale, mask_value = known
+    if bias is not None:
+        bias = bias.t() if bias.dim() == 2 else bias.flatten(-2).reshape(q.shape[-2], -1)
+        bias = bias.to(accumulator(q.dtype)).contiguous()
+    first = (q, k, v) if qkv is None else (qkv, None, None)
+    rest = (None, None, None, None, None, None, None, text, scale, mask_value, 0, "softmax", 0.0)
+    out, lse = windowed_op(backend, qkv is not None, *first, bias, *rest)
+    return out, lse
 
 
 def _run_op(call: Call, backend: str, qkv: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:

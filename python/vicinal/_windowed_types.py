@@ -64,6 +64,11 @@ class Windows:
         if self.head_groups is not None:
             groups = tuple((g[0], g[1], g[2] if len(g) == 3 else 0) for g in self.head_groups)
             object.__setattr__(self, "head_groups", groups)
+        fields = tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        object.__setattr__(self, "_hash", hash(fields))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined,no-any-return]
 
     def __repr__(self) -> str:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -95,7 +95,7 @@ def windowed_attention(
     """
     options = (bias, scale, logit_scale, edge_k, edge_v, extra_k, extra_v, extra_bias)
     more = (key_padding_mask, attn_mask, activation, dropout_p)
-    out, lse = run(prepare(q, k, v, windows, *options, *more), backend, None)
+    out, lse = run(q, k, v, None, windows, (*options, *more), backend)
     return (out, lse) if return_lse else out
 
 
@@ -137,7 +137,7 @@ def windowed_attention_qkvpacked(
     if torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     q, k, v = qkv.unbind(-3)
-    out, lse = run(prepare(q, k, v, windows, *options, *more), backend, qkv)
+    out, lse = run(q, k, v, qkv, windows, (*options, *more), backend)
     return (out, lse) if return_lse else out
 
 
