@@ -108,7 +108,16 @@ def summary(extra: int, inputs: Inputs, backward: bool) -> dict[str, float]:
 
 def peaks(name: str, dtype: str, device: str, backend: str | None) -> dict[str, Any]:
     """`measured` in a child process."""
-    command = [sys.executable, "-m", "benchmarks.memory", name, dtype, device, backend or "", str(torch.get_num_threads())]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.memory",
+        name,
+        dtype,
+        device,
+        backend or "",
+        str(torch.get_num_threads()),
+    ]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, **MALLOC}, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"measuring memory failed:\n{result.stderr}")

@@ -140,7 +140,9 @@ def stepper(run: check.Run, inputs: Inputs, backward: bool) -> Callable[[], Any]
     return forward
 
 
-def contenders(case: Case, known: Checked, mine: check.Run, options: Options, report: Report) -> list[Contender]:
+def contenders(
+    case: Case, known: Checked, mine: check.Run, options: Options, report: Report
+) -> list[Contender]:
     """Ours, and the baselines that run and are right; the others are listed with their reason."""
     found = [Contender(OURS, stepper(mine, known.inputs, case.backward))]
     for name in options.baselines:
@@ -158,7 +160,9 @@ def contenders(case: Case, known: Checked, mine: check.Run, options: Options, re
     return found
 
 
-def run(options: Options, report: Report, mine: Callable[[Problem], check.Run] | None = None) -> Iterator[Case]:
+def run(
+    options: Options, report: Report, mine: Callable[[Problem], check.Run] | None = None
+) -> Iterator[Case]:
     """Check and time every case, adding to the report; yields each case once it is done.
 
     `mine`: what to measure in place of vicinal, for tests of the refusal.
@@ -182,7 +186,12 @@ def run(options: Options, report: Report, mine: Callable[[Problem], check.Run] |
 
 
 def time_case(
-    case: Case, known: Checked, mine: check.Run, options: Options, report: Report, peaks: dict[str, dict[str, int]]
+    case: Case,
+    known: Checked,
+    mine: check.Run,
+    options: Options,
+    report: Report,
+    peaks: dict[str, dict[str, int]],
 ) -> None:
     """Time the contenders of one case and add a result for each."""
     torch.compiler.reset()  # compiled baselines bake in the number of threads
@@ -216,7 +225,9 @@ def collected(case: Case, timed: Rounds, known: Checked) -> list[Result]:
     first["eager_errors"] = {name: known.eager[name] for name in names}
     if timed.probe:
         first["probe_gflops"] = spread(timed.probe)
-        first["share_of_probe"] = spread([flops / t * 1e-9 / p for t, p in zip(mine, timed.probe, strict=True)])
+        first["share_of_probe"] = spread(
+            [flops / t * 1e-9 / p for t, p in zip(mine, timed.probe, strict=True)]
+        )
     others = [c for c in timed.contenders if c.name != OURS]
     if others:
         best = min(others, key=lambda c: median(c.seconds))

@@ -57,7 +57,9 @@ def unfold(x: Tensor, group: Group) -> Tensor:
     return x.reshape(x.shape[0], -1, prod(group.k_window), *x.shape[-2:])
 
 
-def matmul_softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+def matmul_softmax(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> Tensor:
     """q, k, v [B, W, h, N, d], bias [h, N, M], mask [W, N, M] -> [B, W, h, N, dv]."""
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
@@ -115,7 +117,9 @@ class Published:
             first += group.heads
         return outs[0] if len(outs) == 1 else torch.cat(outs, -2)
 
-    def windowed(self, tensors: tuple[Tensor, ...], group: Group, heads: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def windowed(
+        self, tensors: tuple[Tensor, ...], group: Group, heads: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, windows, h, N, d] of one head group; a packed tensor is rolled and partitioned as one."""
         if len(tensors) == 1 and group.k_window == group.window:
             x = split(self._rolled(tensors[0][..., heads, :], group), group.window, self.grid)

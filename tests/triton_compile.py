@@ -50,7 +50,9 @@ class OfflineDriver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def launches(call: AttendCall, grads: AttendGrads) -> list[tuple[Any, tuple[int, ...], dict[str, Any], dict[str, int]]]:
+def launches(
+    call: AttendCall, grads: AttendGrads
+) -> list[tuple[Any, tuple[int, ...], dict[str, Any], dict[str, int]]]:
     """What forward and backward of this call launch: (kernel, grid, arguments, options)."""
     recorded: list[Any] = []
 
@@ -76,7 +78,9 @@ def resources(binary: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout))
     stack = int(found["STACK"]) + int(found["LOCAL"])
     return {"registers": int(found["REG"]), "stack": stack, "shared": binary.metadata.shared}
@@ -108,7 +112,9 @@ def configurations() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]
             yield from _of_dim(dtype_class, dim, tiles.Tile(*by_kernel["tile"][dim]))
 
 
-def _of_dim(dtype_class: str, dim: int, tile: tiles.Tile) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+def _of_dim(
+    dtype_class: str, dim: int, tile: tiles.Tile
+) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
     original = attend.dtype_class
     attend.dtype_class = lambda dtype: dtype_class
     try:
@@ -125,10 +131,21 @@ def _of_dim(dtype_class: str, dim: int, tile: tiles.Tile) -> Iterator[tuple[str,
 
 if __name__ == "__main__":
     import time
+
     only = sys.argv[1:]
     for name, kernel, args, options in configurations():
-        if only and not all(o in name for o in only): continue
+        if only and not all(o in name for o in only):
+            continue
         for arch in ARCHS:
-            t=time.time()
+            t = time.time()
             b = compile_launch(kernel, args, options, arch)
-            print(name, arch, args.get("BLOCK_Q"), args.get("BLOCK_K"), options, resources(b), "%.1fs"%(time.time()-t), flush=True)
+            print(
+                name,
+                arch,
+                args.get("BLOCK_Q"),
+                args.get("BLOCK_K"),
+                options,
+                resources(b),
+                "%.1fs" % (time.time() - t),
+                flush=True,
+            )

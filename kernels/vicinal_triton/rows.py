@@ -145,7 +145,9 @@ def query_slots(plan, box, slot, b, h, q_scale, ACC: tl.constexpr):
 
 
 @triton.jit
-def key_slots(plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, APPENDED: tl.constexpr, ACC: tl.constexpr):
+def key_slots(
+    plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, APPENDED: tl.constexpr, ACC: tl.constexpr
+):
     """The key slots [S] of a plan row: its key box, then the extra rows from EDGE on."""
     token, region, code, boxed = slot_entries(plan, box, slot)
     extra = token * 0 - 1
@@ -171,12 +173,30 @@ def key_slots(plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, APPENDE
 @triton.jit
 def down(s):
     """Slots as a column [S, 1]."""
-    return Slots(s.slot[:, None], s.token[:, None], s.extra[:, None], s.ok[:, None], s.boxed[:, None],
-                 s.region[:, None], s.code[:, None], s.factor[:, None], s.shift[:, None])
+    return Slots(
+        s.slot[:, None],
+        s.token[:, None],
+        s.extra[:, None],
+        s.ok[:, None],
+        s.boxed[:, None],
+        s.region[:, None],
+        s.code[:, None],
+        s.factor[:, None],
+        s.shift[:, None],
+    )
 
 
 @triton.jit
 def across(s):
     """Slots as a row [1, S]."""
-    return Slots(s.slot[None, :], s.token[None, :], s.extra[None, :], s.ok[None, :], s.boxed[None, :],
-                 s.region[None, :], s.code[None, :], s.factor[None, :], s.shift[None, :])
+    return Slots(
+        s.slot[None, :],
+        s.token[None, :],
+        s.extra[None, :],
+        s.ok[None, :],
+        s.boxed[None, :],
+        s.region[None, :],
+        s.code[None, :],
+        s.factor[None, :],
+        s.shift[None, :],
+    )

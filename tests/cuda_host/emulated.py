@@ -100,7 +100,9 @@ def emulated(build: HostBuild, flavor: str = "plain", **schedule: int) -> Iterat
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
         row = _launch.Launchers("emulated", forward, backward, ("cpu",), dtypes, only_here, max_head_dim=256)
         _backends.register(row.capability("windowed"))
-        define(_windowed_op.WINDOWED, "emulated", _windowed_op._forward(row), _windowed_op._backward(backward))
+        define(
+            _windowed_op.WINDOWED, "emulated", _windowed_op._forward(row), _windowed_op._backward(backward)
+        )
     emulation.append(Emulation(build(SOURCES, flavor), flavor, **schedule))
     try:
         yield emulation[-1]

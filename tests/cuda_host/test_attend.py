@@ -142,7 +142,14 @@ def run(case: Case, backend: str, dtype: torch.dtype, compute: torch.dtype | Non
     _windowed_run.reference.windowed = partial(plain, compute_dtype=compute) if compute else plain
     try:
         out, lse = vicinal.windowed_attention(
-            given["q"], given["k"], given["v"], case.windows, **named, **dict(case.options), return_lse=True, backend=backend
+            given["q"],
+            given["k"],
+            given["v"],
+            case.windows,
+            **named,
+            **dict(case.options),
+            return_lse=True,
+            backend=backend,
         )
     finally:
         _windowed_run.reference.windowed = plain
