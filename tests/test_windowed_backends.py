@@ -28,7 +28,7 @@ from problems import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vicinal import RelativeBias, Windows, _backends, windowed_attention
+from vicinal import RelativeBias, Windows, _backends, _windowed_run, windowed_attention
 
 
 @lru_cache(maxsize=256)
@@ -71,6 +71,7 @@ def test_problem(problem: Problem, backend: str, dtype: torch.dtype) -> None:
 def test_repeated_runs_are_bit_equal(problem: Problem, backend: str) -> None:
     skip_beyond_capability(problem, backend, torch.float32)
     tensors = make(problem, torch.float32, device_of(backend))
+    _windowed_run._settled.clear()  # the first run checks and chooses, the others repeat its launch
     first = solve(problem, tensors, backend)
     for again in (solve(problem, tensors, backend), solve(problem, tensors, backend)):
         assert first.keys() == again.keys()

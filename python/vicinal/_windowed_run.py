@@ -156,6 +156,8 @@ def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], b
         or not isinstance(scale, (float, NoneType))
     ):
         return None
+    if isinstance(windows, Windows) and windows.edge != "mask":  # pads read an edge row
+        return None
     table = None if bias is None else (bias.shape, bias.dtype, bias.device)
     tensors = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
     return (*tensors, table, windows, scale, backend)
