@@ -1,4 +1,4 @@
-"""The reference Swin models against timm, torchvision and transformers with the same weights, and against themselves."""
+"""The reference Swin models against timm, torchvision and transformers with the same weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ import torch
 from models_support import double, gradients, library, redraw, rms_ratio
 from torch import Tensor, nn
 
-from vicinal.models import SwinTransformer, official_state_dict, swin_test, swin_tiny, swin_v2_test, swin_v2_tiny
-from vicinal.models.swin import WindowAttention, WindowAttentionV2, shift_mask, window_partition, window_reverse
+from vicinal.models import (
+    SwinTransformer,
+    official_state_dict,
+    swin_test,
+    swin_tiny,
+    swin_v2_test,
+    swin_v2_tiny,
+)
+from vicinal.models.swin import (
+    WindowAttention,
+    WindowAttentionV2,
+    shift_mask,
+    window_partition,
+    window_reverse,
+)
 
 CONFIGS = {"v1": swin_test, "v2": swin_v2_test}
 
@@ -45,7 +58,13 @@ def _transformers(version: str, size: tuple[int, int]) -> nn.Module:
     library("regex")  # transformers fails with other errors than ImportError without it
     transformers = library("transformers")
     config = transformers.SwinConfig(
-        image_size=size[0], patch_size=4, embed_dim=32, depths=[2, 2], num_heads=[2, 4], window_size=7, num_labels=10
+        image_size=size[0],
+        patch_size=4,
+        embed_dim=32,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=7,
+        num_labels=10,
     )
     model = transformers.SwinForImageClassification(config)
 
@@ -76,9 +95,9 @@ def test_same_weights_give_the_same_logits_as_other_libraries(peer: Any, version
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("size", [(60, 44), (44, 100), (30, 22)])
 def test_odd_sizes_agree_with_torchvision(version: str, size: tuple[int, int]) -> None:
-    # torchvision has the same rule: pad before the projection, then roll; no shift along an axis of one window
+    # torchvision has the same rule: pad before the projection, then roll; no shift where one window suffices
     theirs = redraw(_torchvision(version, size)).double().eval()
-    # built for maps larger than the window, so that the last stage keeps its shift for any size, as theirs does
+    # built for maps larger than the window: the last stage keeps its shift at any size, as theirs does
     ours = SwinTransformer(CONFIGS[version](image_size=128)).double().eval()
     ours.load_state_dict(official_state_dict(theirs.state_dict(), ours), strict=True)
     images = torch.randn(2, 3, *size, dtype=torch.float64)
@@ -94,9 +113,9 @@ def test_names_and_shapes_are_the_official_ones(config: Any) -> None:
         state = {name: tuple(t.shape) for name, t in SwinTransformer(config).state_dict().items()}
     w = config.window_size
     block = "layers.0.blocks.1."
-    assert list(state)[:5] == [f"patch_embed.{n}" for n in ("proj.weight", "proj.bias", "norm.weight", "norm.bias")] + [
-        "layers.0.blocks.0.norm1.weight"
-    ]
+    assert list(state)[:5] == [
+        f"patch_embed.{n}" for n in ("proj.weight", "proj.bias", "norm.weight", "norm.bias")
+    ] + ["layers.0.blocks.0.norm1.weight"]
     assert state[f"{block}attn_mask"] == ((56 // 7) ** 2 if w == 7 else (64 // 8) ** 2, w * w, w * w)
     assert f"{block}attn.relative_position_index" in state
     assert state["layers.0.downsample.reduction.weight"] == (192, 384)
@@ -107,7 +126,13 @@ def test_names_and_shapes_are_the_official_ones(config: Any) -> None:
     attention = [name.removeprefix(f"{block}attn.") for name in state if name.startswith(f"{block}attn.")]
     linear = ["proj.weight", "proj.bias"]
     if config.version == 1:
-        assert attention == ["relative_position_bias_table", "relative_position_index", "qkv.weight", "qkv.bias", *linear]
+        assert attention == [
+            "relative_position_bias_table",
+            "relative_position_index",
+            "qkv.weight",
+            "qkv.bias",
+            *linear,
+        ]
     else:
         mlp = ["cpb_mlp.0.weight", "cpb_mlp.0.bias", "cpb_mlp.2.weight"]
         tables = ["relative_coords_table", "relative_position_index"]

@@ -31,7 +31,9 @@ def test_equals_the_attention_of_a_swin_block(cosine: bool, size: tuple[int, int
     x = torch.randn(2, *size, 32)
     block.double()
     expected = gradients(Whole(), x.double())
-    actual = {name if name in expected else f"attn.{name}": value for name, value in gradients(module, x).items()}
+    actual = {
+        name if name in expected else f"attn.{name}": value for name, value in gradients(module, x).items()
+    }
     assert_same(actual, expected, 1e-5)
 
 
@@ -57,12 +59,12 @@ def test_a_missing_parameter_is_still_missing() -> None:
     module = WindowedAttention(32, (7, 7), 2)
     state = module.state_dict()
     del state["qkv.weight"]
-    with pytest.raises(RuntimeError, match="qkv.weight"):
+    with pytest.raises(RuntimeError, match=r"qkv\.weight"):
         module.load_state_dict(state)
 
 
 def _dense(module: WindowedAttention, x: torch.Tensor) -> torch.Tensor:
-    """Attention over all tokens with the rules of windows, shift and bias written pair by pair; divisible sizes."""
+    """Attention over all tokens with the rules of windows, shift and bias by pairs; divisible sizes."""
     space = x.shape[1:-1]
     rank, h = len(space), module.num_heads
     coords = torch.cartesian_prod(*(torch.arange(L) for L in space)).view(-1, rank)
@@ -75,7 +77,9 @@ def _dense(module: WindowedAttention, x: torch.Tensor) -> torch.Tensor:
     offset = (rolled % window)[:, None] - (rolled % window)[None, :] + window - 1
     index = torch.zeros(offset.shape[:2], dtype=torch.long)
     for axis in range(rank):
-        index = index * (2 * module.window_size[axis] - 1) + offset[..., axis].clamp(0, 2 * module.window_size[axis] - 2)
+        index = index * (2 * module.window_size[axis] - 1) + offset[..., axis].clamp(
+            0, 2 * module.window_size[axis] - 2
+        )
     q, k, v = module.qkv(x).flatten(1, -2).unflatten(-1, (3, h, -1)).permute(2, 0, 3, 1, 4)
     logits = module.scale * q @ k.transpose(-2, -1)
     if module.relative_bias:
@@ -88,7 +92,9 @@ def _dense(module: WindowedAttention, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("relative_bias", [False, True])
 @pytest.mark.parametrize(
-    ("space", "window", "shift"), [((12,), (4,), 1), ((6, 8), (3, 2), (1, 0)), ((4, 6, 4), (2, 3, 2), (1, 1, 0))], ids=str
+    ("space", "window", "shift"),
+    [((12,), (4,), 1), ((6, 8), (3, 2), (1, 0)), ((4, 6, 4), (2, 3, 2), (1, 1, 0))],
+    ids=str,
 )
 def test_any_rank_against_dense_attention(space: Any, window: Any, shift: Any, relative_bias: bool) -> None:
     torch.manual_seed(0)

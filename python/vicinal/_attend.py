@@ -1,4 +1,4 @@
-"""One run of the attend kernels: the tensors of csrc/attend.h, and the way from an op to a backend's launcher."""
+"""One run of the attend kernels: the tensors of csrc/attend.h, on the way from an op to a launcher."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from .plan import Plan, copied_keys, readers
 
 @dataclass(slots=True)
 class AttendCall:
-    """The fields of csrc/attend.h as tensors: q [B, Nq, H, D], k [B, Nk, H, D], v [B, Nk, H, Dv] with D contiguous;
-    bias acc [H, T]; q_scale, k_scale acc [B, N, H]; extra_k, extra_v [B, E, H, D]; key_bias acc [B, Nk];
-    mask acc [M, 1 or H, q_slots, k_slots]; seed int64 [1]; out [B, Nq, H, Dv]; lse acc [B, Nq, H]."""
+    """The fields of csrc/attend.h as tensors: q [B, Nq, H, D], k [B, Nk, H, D], v [B, Nk, H, Dv] with D
+    contiguous; bias acc [H, T]; q_scale, k_scale acc [B, N, H]; extra_k, extra_v [B, E, H, D]; key_bias acc
+    [B, Nk]; mask acc [M, 1 or H, q_slots, k_slots]; seed int64 [1]; out [B, Nq, H, Dv]; lse acc [B, Nq,
+    H]."""
 
     plan: Plan
     q: Tensor
@@ -41,7 +42,8 @@ class AttendCall:
 
 @dataclass(slots=True)
 class AttendGrads:
-    """What the backward reads (dout, dlse) and writes (the rest, shaped like their tensors; dbias, dextra_* in acc)."""
+    """What the backward reads (dout, dlse) and writes (the rest, shaped like their tensors; dbias, dextra_*
+    in acc)."""
 
     dout: Tensor
     dlse: Tensor | None
@@ -58,7 +60,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def flat(x: Tensor) -> Tensor:
-    """[B, *space, H, D] -> [B, N, H, D] with D contiguous; a view unless the strides of the space do not collapse."""
+    """[B, *space, H, D] -> [B, N, H, D] with D contiguous; a view unless the strides of the space do not
+    collapse."""
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
     return x if x.dim() == 4 else x.flatten(1, -3)

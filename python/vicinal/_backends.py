@@ -15,8 +15,8 @@ import torch
 _log = logging.getLogger("vicinal")
 
 try:
-    from . import _C
-except ImportError:  # built without a compiler
+    import vicinal._C as _C
+except ModuleNotFoundError:  # built without a compiler; a broken library still raises
     _C = None  # type: ignore[assignment]
 
 
@@ -35,8 +35,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Row:
-    """One backend's capabilities for one family. `available` returns "" or the reason why the backend cannot run here;
-    `max_head_dim` None: any; `missing`: features it does not have."""
+    """One backend's capabilities for one family. `available` returns "" or the reason why the backend cannot
+    run here; `max_head_dim` None: any; `missing`: features it does not have."""
 
     backend: str
     family: str
@@ -48,14 +48,24 @@ class Row:
     missing: frozenset[str] = frozenset()
 
 
-ORDER = ("cuda", "triton", "cpu", "reference")
+ORDER = ("cpu", "cuda", "triton", "reference")
 _rows: list[Row] = []
+
+
+_listeners: list[Callable[[], None]] = []
+
+
+def on_change(forget: Callable[[], None]) -> None:
+    """Call `forget` whenever rows change: whoever remembers a choice must drop it then."""
+    _listeners.append(forget)
 
 
 def register(row: Row) -> None:
     _rows.append(row)
     _rows.sort(key=lambda r: ORDER.index(r.backend))
     _choice.cache_clear()
+    for forget in _listeners:
+        forget()
 
 
 def rows(family: str | None = None) -> list[Row]:
@@ -107,7 +117,7 @@ def reasons(row: Row, problem: Problem) -> list[str]:
 @lru_cache(maxsize=4096)
 def _choice(problem: Problem, interpret: str | None) -> tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]:
     """The first backend without a reason ("" if none), and the reasons of those before it."""
-    refused = []
+    refused: list[tuple[str, tuple[str, ...]]] = []
     for row in rows(problem.family):
         why = reasons(row, problem)
         if not why:
@@ -126,7 +136,8 @@ def _log_fallback(problem: Problem, backend: str, refused: list[tuple[str, tuple
 
 
 def select(problem: Problem, backend: str | None = None) -> str:
-    """The backend that takes the problem. `backend` forces one: NotImplementedError with its reasons if it cannot."""
+    """The backend that takes the problem. `backend` forces one: NotImplementedError with its reasons if it
+    cannot."""
     if backend is None:
         chosen, refused = _choice(problem, os.environ.get("TRITON_INTERPRET"))
         if chosen:
@@ -146,13 +157,14 @@ def select(problem: Problem, backend: str | None = None) -> str:
 def _message(problem: Problem, refused: tuple[tuple[str, tuple[str, ...]], ...]) -> str:
     dtype = str(problem.dtype).removeprefix("torch.")
     options = f" with {', '.join(sorted(problem.features))}" if problem.features else ""
-    head = f"no backend takes {problem.family} on {problem.device} in {dtype}, head_dim {problem.head_dim}{options}"
-    return head + "".join(f"\n  {name}: {'; '.join(why)}" for name, why in refused)
+    what = f"{problem.family} on {problem.device} in {dtype}, head_dim {problem.head_dim}{options}"
+    return f"no backend takes {what}" + "".join(f"\n  {name}: {'; '.join(why)}" for name, why in refused)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a call would run and why: `backend`, and per backend in order of preference its reasons (empty: capable)."""
+    """What a call would run and why: `backend`, and per backend in order of preference its reasons (empty:
+    capable)."""
 
     problem: Problem
     backend: str
@@ -170,7 +182,8 @@ _explainers: dict[Callable[..., Any], Callable[..., tuple[Problem, str | None]]]
 
 
 def explains(function: Callable[..., Any], problem: Callable[..., tuple[Problem, str | None]]) -> None:
-    """`problem(*args, **kwargs)` gives what `function(*args, **kwargs)` would ask for, and its `backend` argument."""
+    """`problem(*args, **kwargs)` gives what `function(*args, **kwargs)` would ask for, and its `backend`
+    argument."""
     _explainers[function] = problem
 
 

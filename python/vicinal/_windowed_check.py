@@ -68,7 +68,9 @@ def check_windows(windows: Windows) -> None:
 
 
 def _shifted(windows: Windows) -> bool:
-    shifts = [windows.shift] if windows.head_groups is None else [g[2] for g in windows.head_groups if len(g) == 3]
+    shifts = (
+        [windows.shift] if windows.head_groups is None else [g[2] for g in windows.head_groups if len(g) == 3]
+    )
     return any(s != 0 for shift in shifts for s in (shift if isinstance(shift, tuple) else (shift,)))
 
 
@@ -83,7 +85,9 @@ def _check_groups(windows: Windows) -> None:
         raise ValueError("size and shift must be None and 0 where head_groups is given")
     groups = windows.head_groups
     if not isinstance(groups, tuple) or not groups:
-        raise TypeError(f"head_groups is {groups!r}; it must be a tuple of (heads, size) or (heads, size, shift)")
+        raise TypeError(
+            f"head_groups is {groups!r}; it must be a tuple of (heads, size) or (heads, size, shift)"
+        )
     for group in groups:
         if not isinstance(group, tuple) or len(group) not in (2, 3):
             raise TypeError(f"head_groups has {group!r}; an entry is (heads, size) or (heads, size, shift)")
@@ -98,11 +102,14 @@ def _check_groups(windows: Windows) -> None:
 def check_relative_bias(bias: RelativeBias) -> None:
     _tensor("table", bias.table)
     if bias.table.dim() != 2 or not bias.table.is_floating_point():
-        raise ValueError(f"table has shape {list(bias.table.shape)} and {bias.table.dtype}; it must be float [T, heads]")
+        raise ValueError(
+            f"table has shape {list(bias.table.shape)} and {bias.table.dtype}; it must be float [T, heads]"
+        )
     if isinstance(bias.index, Tensor):
         if bias.index.dim() != 2 or bias.index.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"index has shape {list(bias.index.shape)} and {bias.index.dtype}; a tensor must be int64 or int32 [Nq, Nk]"
+                f"index has shape {list(bias.index.shape)} and {bias.index.dtype}; "
+                "a tensor must be int64 or int32 [Nq, Nk]"
             )
         if bias.window is not None:
             raise ValueError("window must be None where index is a tensor")
@@ -137,7 +144,9 @@ def check_qkv_types(q: Any, k: Any, v: Any) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _tensor(name, x)
         if not 4 <= x.dim() <= 6:
-            raise ValueError(f"{name} has shape {list(x.shape)}; it must be [B, *S, heads, head_dim] with 1 to 3 axes S")
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}; it must be [B, *S, heads, head_dim] with 1 to 3 axes S"
+            )
 
 
 def _shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
@@ -198,7 +207,17 @@ def _check_options(call: Call) -> None:
             raise ValueError(f"scale is {call.scale!r}; it must be None where logit_scale is given")
         heads = call.q.shape[-2]
         if tuple(call.logit_scale.shape) not in ((heads,), (heads, 1, 1)):
-            raise ValueError(f"logit_scale has shape {list(call.logit_scale.shape)}; it must be [{heads}] or [{heads}, 1, 1]")
+            raise ValueError(
+                f"logit_scale has shape {list(call.logit_scale.shape)}; "
+                f"it must be [{heads}] or [{heads}, 1, 1]"
+            )
+
+
+def check_lse(return_lse: Any, activation: str) -> None:
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse is {return_lse!r}; it must be True or False")
+    if return_lse and activation in ACTIVATIONS[1:]:
+        raise ValueError(f"return_lse is True; it must be False under activation {activation!r}")
 
 
 def _check_grid(call: Call) -> list[tuple[AxisWindows, ...]]:
@@ -215,7 +234,9 @@ def _check_grid(call: Call) -> list[tuple[AxisWindows, ...]]:
             if isinstance(value, tuple) and len(value) != rank:
                 raise ValueError(f"head_groups has {group!r}; the grid has {rank} axes")
     if windows.head_groups is not None and sum(g[0] for g in windows.head_groups) != q.shape[-2]:
-        raise ValueError(f"head_groups has {sum(g[0] for g in windows.head_groups)} heads; q has {q.shape[-2]}")
+        raise ValueError(
+            f"head_groups has {sum(g[0] for g in windows.head_groups)} heads; q has {q.shape[-2]}"
+        )
     geometry = geometry_of(windows, rank)
     groups = [geometry.axes(g, tuple(q.shape[1:-2]), tuple(call.k.shape[1:-2])) for g in geometry.groups]
     for axes in groups:
@@ -231,16 +252,18 @@ def _check_grid(call: Call) -> list[tuple[AxisWindows, ...]]:
 
 def _check_axis(a: int, axis: AxisWindows) -> None:
     if axis.length < 1 or axis.q_length < 1:
-        raise ValueError(f"axis {a} of the grid has {min(axis.length, axis.q_length)} tokens; it must have at least 1")
+        raise ValueError(
+            f"axis {a} of the grid has {min(axis.length, axis.q_length)} tokens; it must have at least 1"
+        )
     if axis.shift >= axis.window:
         raise ValueError(f"shift is {axis.shift} on axis {a}; it must be 0 <= shift < size = {axis.window}")
     if axis.kv and axis.kv < axis.window:
         raise ValueError(f"kv_size is {axis.kv} on axis {a}; it must be at least size = {axis.window}")
     count = -(-axis.q_length // axis.q_window)
-    if count != axis.count:
+    if count != axis.n_windows:
         raise ValueError(
             f"q_size is {axis.q_window} on axis {a}: {count} windows of {axis.q_length} queries; "
-            f"there are {axis.count} windows of keys"
+            f"there are {axis.n_windows} windows of keys"
         )
 
 
@@ -277,7 +300,9 @@ def _check_masks(call: Call, groups: list[tuple[AxisWindows, ...]]) -> None:
     if key is not None:
         _tensor("key_padding_mask", key)
         if key.dtype != torch.bool and not key.is_floating_point():
-            raise TypeError(f"key_padding_mask is {key.dtype}; it must be bool (True = ignored) or float (added)")
+            raise TypeError(
+                f"key_padding_mask is {key.dtype}; it must be bool (True = ignored) or float (added)"
+            )
         _shape("key_padding_mask", key, tuple(call.k.shape[:-2]), "[B, *S]")
         if key.requires_grad:
             raise ValueError("key_padding_mask requires grad; it gets none")
@@ -294,8 +319,8 @@ def _check_masks(call: Call, groups: list[tuple[AxisWindows, ...]]) -> None:
     fits = mask.dim() == 3 or (mask.dim() == 4 and mask.shape[1] in (1, heads))
     if not fits or tuple(mask.shape[-2:]) != (n, m) or mask.shape[0] < 1 or total % mask.shape[0]:
         raise ValueError(
-            f"attn_mask has shape {list(mask.shape)}; it must be [W, {n}, {m}] or [W, 1 or {heads}, {n}, {m}] "
-            f"with W a divisor of batch * windows = {total}"
+            f"attn_mask has shape {list(mask.shape)}; it must be [W, {n}, {m}] or "
+            f"[W, 1 or {heads}, {n}, {m}] with W a divisor of batch * windows = {total}"
         )
 
 
@@ -303,7 +328,7 @@ def _counts(axes: tuple[AxisWindows, ...]) -> tuple[int, int, int]:
     """Windows, query slots and key slots."""
     windows = n = m = 1
     for axis in axes:
-        windows, n, m = windows * axis.count, n * axis.q_window, m * (axis.kv or axis.window)
+        windows, n, m = windows * axis.n_windows, n * axis.q_window, m * (axis.kv or axis.window)
     return windows, n, m
 
 
@@ -347,6 +372,10 @@ def _check_table_size(bias: Any, axes: tuple[AxisWindows, ...]) -> None:
     if bias.index == "abs" and any(axis.kv or axis.q_window != axis.window for axis in axes):
         raise ValueError("index 'abs' needs windows without q_size and kv_size; give an index tensor")
     if bias.window and (any(axis.kv for axis in axes) or slots < _counts(axes)[1]):
-        raise ValueError(f"window of bias is {bias.window!r}; it must have at least the {_counts(axes)[1]} slots in use")
+        raise ValueError(
+            f"window of bias is {bias.window!r}; it must have at least the {_counts(axes)[1]} slots in use"
+        )
     if len(bias.table) != rows:
-        raise ValueError(f"bias has a table of {len(bias.table)} rows; index {bias.index!r} over {made} needs {rows}")
+        raise ValueError(
+            f"bias has a table of {len(bias.table)} rows; index {bias.index!r} over {made} needs {rows}"
+        )

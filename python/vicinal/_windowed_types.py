@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import _windowed_check as check
@@ -20,18 +19,24 @@ class Windows:
     """How a token grid is cut into windows. Frozen and hashable: make it once, pass it to every call.
 
     Args:
-        size: slots per window and axis, int or one per axis; -1 is the whole axis. May exceed the axis, which then pads.
+        size: slots per window and axis, int or one per axis; -1 is the whole axis. May exceed the axis, which
+            then pads.
         shift: cyclic shift, int or per axis, 0 <= shift < size; needs partition "block". Default 0.
-        partition: "block", contiguous windows, or "grid": token r of group i is r * groups + i. Default "block".
-        edge: what the slots do where windows overhang the grid: "mask", excluded; "zero", k = v = 0 takes part;
-            "const", k = edge_k, v = edge_v takes part (zero padding before a qkv projection). Default "mask".
-        mask_value: added to the logit of a pair of tokens that a shift brought together from different regions:
-            -100 (Swin), -200 (Hugging Face Swinv2) or -inf. Default -100.
-        pad_order: "pad_roll", grids are padded, then rolled; "roll_pad", the reverse (timm). Default "pad_roll".
+        partition: "block", contiguous windows, or "grid": token r of group i is r * groups + i. Default
+            "block".
+        edge: what the slots do where windows overhang the grid: "mask", excluded; "zero", k = v = 0 takes
+            part; "const", k = edge_k, v = edge_v takes part (zero padding before a qkv projection). Default
+            "mask".
+        mask_value: added to the logit of a pair of tokens that a shift brought together from different
+            regions: -100 (Swin), -200 (Hugging Face Swinv2) or -inf. Default -100.
+        pad_order: "pad_roll", grids are padded, then rolled; "roll_pad", the reverse (timm). Default
+            "pad_roll".
         pad_side: "end" or "center". Default "end".
         q_size: window of a pooled query grid, whose number of windows matches. Default None: as size.
-        kv_size: larger key windows centred on the query windows (overlapping attention). Default None: as size.
-        head_groups: ((heads, size[, shift]), ...) in the order of the heads, replaces size and shift. Default None.
+        kv_size: larger key windows centred on the query windows (overlapping attention). Default None: as
+            size.
+        head_groups: ((heads, size[, shift]), ...) in the order of the heads, replaces size and shift. Default
+            None.
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or value; the message names it.
@@ -59,6 +64,11 @@ class Windows:
         if self.head_groups is not None:
             groups = tuple((g[0], g[1], g[2] if len(g) == 3 else 0) for g in self.head_groups)
             object.__setattr__(self, "head_groups", groups)
+        fields = tuple(getattr(self, name) for name in self.__dataclass_fields__)
+        object.__setattr__(self, "_hash", hash(fields))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -73,11 +83,12 @@ class RelativeBias:
     Args:
         table: [T, heads], any float dtype, trainable.
         index: which row a pair (query, key) reads, with d = coordinate of query - coordinate of key per axis:
-            "q-k": sum of (d_a + w_a - 1) * stride_a over (2w-1)-sized axes, last axis fastest (Swin); "k-q": d negated
-            (MaxViT of TensorFlow; with kv_size the table is (w + kv - 1) wide); "abs": |d| over w-sized axes (LeViT);
-            or an integer tensor [Nq, Nk] of rows, negative rows count from the end. Default "q-k".
-        window: the window that the table was made for, whose first Nq rows and Nk columns of its index are read (as Video-Swin
-            does when a window shrinks). Default None: the window in use.
+            "q-k": sum of (d_a + w_a - 1) * stride_a over (2w-1)-sized axes, last axis fastest (Swin); "k-q":
+            d negated (MaxViT of TensorFlow; with kv_size the table is (w + kv - 1) wide); "abs": |d| over
+            w-sized axes (LeViT); or an integer tensor [Nq, Nk] of rows, negative rows count from the end.
+            Default "q-k".
+        window: the window that the table was made for, whose first Nq rows and Nk columns of its index are
+            read (as Video-Swin does when a window shrinks). Default None: the window in use.
     """
 
     table: Tensor

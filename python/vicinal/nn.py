@@ -20,8 +20,8 @@ def packed_windowed_attention(
 ) -> Tensor:
     """Windowed attention on the packed output of one projection.
 
-    A window that overhangs the grid sees what zero padding before the projection would have given: keys and values
-    that are the bias of the projection.
+    A window that overhangs the grid sees what zero padding before the projection would have given: keys and
+    values that are the bias of the projection.
 
     Args:
         qkv: [B, *space, 3 C], queries, keys and values side by side, heads in the middle of each.
@@ -42,31 +42,28 @@ def packed_windowed_attention(
 
 
 class WindowedAttention(nn.Module):
-    """Multi-head attention inside (shifted) windows of a 1-, 2- or 3-D grid; [B, *space, C] -> [B, *space, C].
+    """Multi-head attention inside (shifted) windows of a 1-, 2- or 3-D grid; [B, *space, C] -> [B, *space,
+    C].
 
-    proj(softmax(scale q k^T + bias + region mask) v) with q, k, v = qkv(x), in place: nothing is rolled, padded or
-    partitioned. The bias is a learned table over relative positions (Swin), or, with `cosine`, the scores are
-    exp(logit_scale) cos(q, k) and the bias 16 sigmoid(cpb_mlp(log-spaced offsets)) (Swin V2).
+    proj(softmax(scale q k^T + bias + region mask) v) with q, k, v = qkv(x), in place: nothing is rolled,
+    padded or partitioned. The bias is a learned table over relative positions (Swin), or, with `cosine`, the
+    scores are exp(logit_scale) cos(q, k) and the bias 16 sigmoid(cpb_mlp(log-spaced offsets)) (Swin V2).
 
-    Parameters and buffers have the names and order of the window attention of the official Swin release and of timm,
-    so state dicts load strictly both ways.
+    Parameters and buffers have the names and order of the window attention of the official Swin release and
+    of timm, so state dicts load strictly both ways.
 
     Args:
-        dim: C, channels of input and output.
-        window_size: tokens of a window, one number per axis of the grid; its length is the rank.
-        num_heads: h, dividing `dim`.
-        shift_size: cyclic shift per axis, an int for all axes; 0 <= shift < window.
-        qkv_bias: give queries, keys and values a bias (with `cosine`, queries and values).
-        qk_scale: factor of the scores, default (C / h) ** -0.5; None with `cosine`.
-        cosine: cosine attention and continuous position bias.
-        relative_bias: learn a position bias.
+        dim: C, channels of input and output. window_size: tokens of a window, one number per axis of the
+        grid; its length is the rank. num_heads: h, dividing `dim`. shift_size: cyclic shift per axis, an int
+        for all axes; 0 <= shift < window. qkv_bias: give queries, keys and values a bias (with `cosine`,
+        queries and values). qk_scale: factor of the scores, default (C / h) ** -0.5; None with `cosine`.
+        cosine: cosine attention and continuous position bias. relative_bias: learn a position bias.
         pretrained_window_size: with `cosine`, the window that normalises the offsets, default `window_size`.
-        mask_value: added between tokens that only the shift made neighbours.
-        edge: what a window that overhangs the grid sees there; "const" is zero padding before the projection.
-        pad_order, pad_side: of overhanging windows, see `Windows`.
-        attn_drop: dropout of attention weights.
-        proj_drop: dropout of the output.
-        persistent_buffers: keep the index (and coordinates) in the state dict, as the official release does; timm and
+        mask_value: added between tokens that only the shift made neighbours. edge: what a window that
+        overhangs the grid sees there; "const" is zero padding before the projection. pad_order, pad_side: of
+        overhanging windows, see `Windows`. attn_drop: dropout of attention weights. proj_drop: dropout of the
+        output. persistent_buffers: keep the index (and coordinates) in the state dict, as the official
+        release does; timm and
             `False` do not. Loading accepts both.
         backend: None for the fastest that can run, or its name.
 
@@ -134,11 +131,15 @@ class WindowedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def _make_cosine_parameters(self, qkv_bias: bool, pretrained: Sequence[int] | None, persistent: bool) -> None:
+    def _make_cosine_parameters(
+        self, qkv_bias: bool, pretrained: Sequence[int] | None, persistent: bool
+    ) -> None:
         window, h = self.window_size, self.num_heads
         self.logit_scale = nn.Parameter(torch.full((h, 1, 1), math.log(10.0)))
         if self.relative_bias:
-            self.cpb_mlp = nn.Sequential(nn.Linear(len(window), 512), nn.ReLU(), nn.Linear(512, h, bias=False))
+            self.cpb_mlp = nn.Sequential(
+                nn.Linear(len(window), 512), nn.ReLU(), nn.Linear(512, h, bias=False)
+            )
             coords = log_spaced_offsets(window, window if pretrained is None else tuple(pretrained))
             self.register_buffer("relative_coords_table", coords, persistent=persistent)
         self.q_bias = nn.Parameter(torch.zeros(self.dim)) if qkv_bias else None

@@ -5,6 +5,8 @@ Shift by coordinates instead of roll; no pad, no partition, no mask or expanded 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from . import _backends
 from . import _windowed_check as check
-from ._windowed_run import Call, prepare, problem_key, run
+from ._windowed_run import prepare, problem_key, problem_of, run
 from ._windowed_types import RelativeBias, Size, Windows
 
 __all__ = ["RelativeBias", "Windows", "windowed_attention", "windowed_attention_qkvpacked"]
@@ -43,30 +45,36 @@ def windowed_attention(
 
     Per window, for its query n and its keys m (and the extra keys)::
 
-        s[n, m] = scale * q[n].k[m] + bias[h, n, m] + key_padding_mask[m] + attn_mask[n, m] + mask_value * [other region]
-        p = softmax(s), relu(s)^2, relu(s) or s       out[n] = sum_m dropout(p)[n, m] v[m]       lse[n] = log sum_m exp s[n, m]
+        s[n, m] = scale * q[n].k[m] + bias[h, n, m] + key_padding_mask[m] + attn_mask[n, m]
+                  + mask_value * [other region]
+        p = softmax(s), relu(s)^2, relu(s) or s
+        out[n] = sum_m dropout(p)[n, m] v[m]        lse[n] = log sum_m exp s[n, m]
 
     Args:
-        q: [B, *Sq, h, dk], float32, float64, bfloat16 or float16; the grid *Sq has 1 to 3 axes. Any strides; views with a
-            contiguous last dimension (`unbind` of a packed qkv) are not copied. Pre-split windows: [B * windows, N, h, dk]
-            with windows = N.
+        q: [B, *Sq, h, dk], float32, float64, bfloat16 or float16; the grid *Sq has 1 to 3 axes. Any strides;
+            views with a contiguous last dimension (`unbind` of a packed qkv) are not copied. Pre-split
+            windows: [B * windows, N, h, dk] with windows = N.
         k: [B, *S, h, dk]; S = Sq unless windows.q_size.
         v: [B, *S, h, dv].
         windows: `Windows`, or its size alone (int or one per axis).
-        bias: [T, h] table (as RelativeBias(table)), `RelativeBias`, or dense [h, Nq, Nk]. Trainable, any float dtype.
+        bias: [T, h] table (as RelativeBias(table)), `RelativeBias`, or dense [h, Nq, Nk]. Trainable, any
+            float dtype.
         scale: factor of q.k. Default dk ** -0.5.
-        logit_scale: [h] or [h, 1, 1]: cosine attention (Swin V2), s = exp(min(logit_scale, log 100)) * cos(q, k);
-            scale must then be None.
+        logit_scale: [h] or [h, 1, 1]: cosine attention (Swin V2), s = exp(min(logit_scale, log 100)) * cos(q,
+            k); scale must then be None.
         edge_k: [h, dk], the key of pads under edge "const". Default None: zeros. Gets a gradient.
         edge_v: [h, dv], their value.
         extra_k: [B, M, h, dk], keys that every window sees besides its own, in the same softmax.
         extra_v: [B, M, h, dv]. Comes with extra_k.
         extra_bias: [h, M], added to their logits.
         key_padding_mask: [B, *S], bool (True = ignored) or float (added to the logits, no gradient).
-        attn_mask: float, added: [windows, Nq, Nk] (window = row of the plan mod windows) or [B * windows, 1 or h, Nq, Nk].
-        activation: "softmax", "relu2", "relu" or "none"; the last three are not normalised and masked weights are 0.
-        dropout_p: probability that a weight is dropped, 0 <= dropout_p < 1; the others are scaled by 1 / (1 - dropout_p).
-        return_lse: also return lse. Differentiable.
+        attn_mask: float, added: [windows, Nq, Nk] (window = row of the plan mod windows) or [B * windows, 1
+            or h, Nq, Nk].
+        activation: "softmax", "relu2", "relu" or "none"; the last three are not normalised and masked weights
+            are 0.
+        dropout_p: probability that a weight is dropped, 0 <= dropout_p < 1; the others are scaled by 1 / (1 -
+            dropout_p).
+        return_lse: also return lse, under activation "softmax" only. Differentiable.
         backend: "cuda", "triton", "cpu" or "reference". Default None: the fastest that can.
 
     Returns:
@@ -85,9 +93,10 @@ def windowed_attention(
 
     Source: Liu et al., Swin Transformer (arXiv 2103.14030) and Swin Transformer V2 (arXiv 2111.09883).
     """
-    arguments = (bias, scale, logit_scale, edge_k, edge_v, extra_k, extra_v, extra_bias)
-    arguments += (key_padding_mask, attn_mask, activation, dropout_p)
-    out, lse = run(prepare(q, k, v, windows, *arguments), backend, None)
+    options = (bias, scale, logit_scale, edge_k, edge_v, extra_k, extra_v, extra_bias)
+    more = (key_padding_mask, attn_mask, activation, dropout_p)
+    check.check_lse(return_lse, activation)
+    out, lse = run(q, k, v, None, windows, (*options, *more), backend)
     return (out, lse) if return_lse else out
 
 
@@ -124,29 +133,36 @@ def windowed_attention_qkvpacked(
         torch.Size([2, 14, 14, 4, 32])
     """
     check.check_packed(qkv)
-    arguments = (bias, scale, logit_scale, edge_k, edge_v, extra_k, extra_v, extra_bias)
-    arguments += (key_padding_mask, attn_mask, activation, dropout_p)
+    options = (bias, scale, logit_scale, edge_k, edge_v, extra_k, extra_v, extra_bias)
+    more = (key_padding_mask, attn_mask, activation, dropout_p)
     if torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-    out, lse = run(prepare(*qkv.unbind(-3), windows, *arguments), backend, qkv)
+    q, k, v = qkv.unbind(-3)
+    check.check_lse(return_lse, activation)
+    out, lse = run(q, k, v, qkv, windows, (*options, *more), backend)
     return (out, lse) if return_lse else out
 
 
-def _explained(*args: Any, backend: str | None = None, return_lse: bool = False, **kwargs: Any) -> Any:
-    defaults = (None, None, None, None, None, None, None, None, None, None, "softmax", 0.0)
-    names = [n for n in Call.__dataclass_fields__ if n not in ("q", "k", "v", "windows")]
-    windows = args[3] if len(args) > 3 else kwargs.pop("windows")
-    unknown = set(kwargs) - set(names)
-    if unknown:
-        raise TypeError(f"windowed_attention has no argument {', '.join(sorted(unknown))}")
-    options = [kwargs.get(n, d) for n, d in zip(names, defaults, strict=True)]
-    *problem, features, arch = problem_key(prepare(*args[:3], windows, *options))
-    return _backends.Problem("windowed", *problem, frozenset(features), arch), backend
+def _explained(*args: Any, **kwargs: Any) -> Any:
+    """The problem and the forced backend of windowed_attention(*args, **kwargs)."""
+    values = _bound(windowed_attention, args, kwargs)
+    backend = values.pop("backend")
+    return problem_of(problem_key(prepare(**values))), backend
 
 
-def _explained_packed(qkv: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _explained_packed(*args: Any, **kwargs: Any) -> Any:
+    values = _bound(windowed_attention_qkvpacked, args, kwargs)
+    backend, qkv = values.pop("backend"), values.pop("qkv")
     check.check_packed(qkv)
-    return _explained(*qkv.unbind(-3), *args, **kwargs)
+    q, k, v = qkv.unbind(-3)
+    return problem_of(problem_key(prepare(q, k, v, **values))), backend
+
+
+def _bound(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    del bound.arguments["return_lse"]
+    return bound.arguments
 
 
 _backends.explains(windowed_attention, _explained)

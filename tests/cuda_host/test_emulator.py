@@ -10,8 +10,8 @@ from .conftest import FLAVORS, HostBuild, run_program
 
 HERE = Path(__file__).parent
 
-# bug: what the plain build, the one with address and undefined-behaviour sanitizers, and the race detector say
-# under some schedule. None: nothing, because no schedule can show it there.
+# bug: what the plain build, the one with address and undefined-behaviour sanitizers, and the race detector
+# say under some schedule. None: nothing, because no schedule can show it there.
 WRONG, RACE, POISON = "wrong result", "ThreadSanitizer: data race", "AddressSanitizer: use-after-poison"
 OVERRUN = "AddressSanitizer: heap-buffer-overflow"
 BUGS: dict[str, tuple[str | None, str | None, str | None]] = {

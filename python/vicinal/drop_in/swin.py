@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 
 from vicinal.drop_in.adapter import Adapter
 from vicinal.drop_in.swin_attention import attend_v1, attend_v2, changed_parts
@@ -22,9 +24,13 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
         return attend(self.attn, x, windows)
 
 
-def _reason_against(block: nn.Module) -> str | None:
+def _reason_against(block: Any) -> str | None:
     original = WindowAttentionV2 if isinstance(block.attn, WindowAttentionV2) else WindowAttention
     return changed_parts(block.attn, original, ("qkv", "proj"))
 
 
-ADAPTERS = (Adapter("windowed", SwinTransformerBlock, FusedSwinTransformerBlock, "windowed_attention", _reason_against),)
+ADAPTERS = (
+    Adapter(
+        "windowed", SwinTransformerBlock, FusedSwinTransformerBlock, "windowed_attention", _reason_against
+    ),
+)

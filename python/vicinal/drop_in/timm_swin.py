@@ -1,21 +1,25 @@
 """Swin, versions 1 and 2, of timm.
 
-timm rolls a map before it pads it (`pad_order="roll_pad"`); at sizes that the window divides there is no difference.
-"""
+timm rolls a map before it pads it (`pad_order="roll_pad"`); at sizes that the window divides there is no
+difference."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.models import swin_transformer, swin_transformer_v2
-from torch import Tensor, nn
+from torch import Tensor
 
 from vicinal.drop_in.adapter import Adapter
 from vicinal.drop_in.swin_attention import attend_v1, attend_v2, changed_parts
 from vicinal.windowed import Windows
 
 
-def _windows(block: nn.Module) -> Windows:
+def _windows(block: Any) -> Windows:
     # read anew in every call: `set_input_size` of the model changes them
-    return Windows(tuple(block.window_size), shift=tuple(block.shift_size), edge="const", pad_order="roll_pad")
+    return Windows(
+        tuple(block.window_size), shift=tuple(block.shift_size), edge="const", pad_order="roll_pad"
+    )
 
 
 class FusedSwinTransformerBlock(swin_transformer.SwinTransformerBlock):
@@ -36,11 +40,11 @@ class FusedSwinTransformerV2Block(swin_transformer_v2.SwinTransformerV2Block):
         return attn.proj_drop(attend_v2(attn, x, _windows(self), dropout_p))
 
 
-def _against_v1(block: nn.Module) -> str | None:
+def _against_v1(block: Any) -> str | None:
     return changed_parts(block.attn, swin_transformer.WindowAttention, ("qkv", "proj"))
 
 
-def _against_v2(block: nn.Module) -> str | None:
+def _against_v2(block: Any) -> str | None:
     return changed_parts(block.attn, swin_transformer_v2.WindowAttention, ("qkv", "proj"))
 
 

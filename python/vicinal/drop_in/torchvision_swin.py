@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from vicinal.drop_in.adapter import Adapter
@@ -15,7 +15,9 @@ from vicinal.nn import packed_windowed_attention
 from vicinal.windowed import RelativeBias, Windows
 
 
-def _attend(attn: Any, x: Tensor, qkv_bias: Tensor | None, table: Tensor, logit_scale: Tensor | None) -> Tensor:
+def _attend(
+    attn: Any, x: Tensor, qkv_bias: Tensor | None, table: Tensor, logit_scale: Tensor | None
+) -> Tensor:
     _, H, W, _ = x.shape
     # along an axis that one window covers, torchvision does not shift
     shift = tuple(0 if w >= L else s for w, L, s in zip(attn.window_size, (H, W), attn.shift_size))
@@ -47,12 +49,14 @@ class FusedShiftedWindowAttentionV2(ShiftedWindowAttentionV2):
         bias = self.qkv.bias
         if bias is not None:
             q_bias, k_bias, v_bias = bias.chunk(3)
-            bias = torch.cat([q_bias, torch.zeros_like(k_bias), v_bias])  # the key's third is stored, but never used
+            bias = torch.cat(
+                [q_bias, torch.zeros_like(k_bias), v_bias]
+            )  # the key's third is stored, but never used
         table = 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table)).flatten(0, -2)
         return _attend(self, x, bias, table, self.logit_scale)
 
 
-def _reason_against(attn: nn.Module) -> str | None:
+def _reason_against(attn: Any) -> str | None:
     return changed_parts(attn, type(attn), ("qkv", "proj"))
 
 
@@ -61,6 +65,10 @@ ADAPTERS = (
         "windowed", ShiftedWindowAttention, FusedShiftedWindowAttention, "windowed_attention", _reason_against
     ),
     Adapter(
-        "windowed", ShiftedWindowAttentionV2, FusedShiftedWindowAttentionV2, "windowed_attention", _reason_against
+        "windowed",
+        ShiftedWindowAttentionV2,
+        FusedShiftedWindowAttentionV2,
+        "windowed_attention",
+        _reason_against,
     ),
 )

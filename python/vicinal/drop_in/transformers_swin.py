@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.swin import modeling_swin
 
 from vicinal.drop_in.adapter import Adapter
@@ -15,15 +15,20 @@ from vicinal.windowed import RelativeBias, Windows, windowed_attention
 class FusedSwinLayer(modeling_swin.SwinLayer):
     """The layer of transformers with window attention in place on the map.
 
-    Attention weights exist only where the original layer computes them: with `output_attentions` it runs as it was.
-    """
+    Attention weights exist only where the original layer computes them: with `output_attentions` it runs as
+    it was."""
 
-    def forward(
-        self, hidden_states: Tensor, input_dimensions: tuple[int, int], always_partition: bool = False, **kwargs: Any
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        input_dimensions: tuple[int, int],
+        always_partition: bool = False,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, H * W, C] and (H, W) -> ([B, H * W, C], None)"""
         if kwargs.get("output_attentions", self.attention.config.output_attentions):
-            return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
+            outputs: Any = super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
+            return outputs
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
         x = self.layernorm_before(hidden_states).unflatten(1, input_dimensions)
@@ -51,8 +56,12 @@ class FusedSwinLayer(modeling_swin.SwinLayer):
         return attn.o_proj(out.flatten(-2))
 
 
-def _reason_against(layer: nn.Module) -> str | None:
-    return changed_parts(layer.attention, modeling_swin.SwinAttention, ("q_proj", "k_proj", "v_proj", "o_proj"))
+def _reason_against(layer: Any) -> str | None:
+    return changed_parts(
+        layer.attention, modeling_swin.SwinAttention, ("q_proj", "k_proj", "v_proj", "o_proj")
+    )
 
 
-ADAPTERS = (Adapter("windowed", modeling_swin.SwinLayer, FusedSwinLayer, "windowed_attention", _reason_against),)
+ADAPTERS = (
+    Adapter("windowed", modeling_swin.SwinLayer, FusedSwinLayer, "windowed_attention", _reason_against),
+)

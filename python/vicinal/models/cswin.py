@@ -1,12 +1,13 @@
 """CSWin Transformer in plain PyTorch: the model as its paper writes it (Dong et al., 2022, arXiv:2107.00652).
 
-Half of the heads attend inside vertical stripes of width `sw`, the other half inside horizontal stripes of height
-`sw`; the last stage attends over the whole map. There is no position bias: a 3x3 depth-wise convolution of the values
-*inside each stripe* is added to the result (LePE). Parameters carry the names of the official release.
+Half of the heads attend inside vertical stripes of width `sw`, the other half inside horizontal stripes of
+height `sw`; the last stage attends over the whole map. There is no position bias: a 3x3 depth-wise
+convolution of the values *inside each stripe* is added to the result (LePE). Parameters carry the names of
+the official release.
 
-Sizes: any height and width. Where the stripes do not divide the map, the queries, keys and values (not the input) are
-padded with zeros on both sides, the smaller half first; padded keys take part in the attention with logit 0.
-"""
+Sizes: any height and width. Where the stripes do not divide the map, the queries, keys and values (not the
+input) are padded with zeros on both sides, the smaller half first; padded keys take part in the attention
+with logit 0."""
 
 from __future__ import annotations
 
@@ -51,11 +52,10 @@ def stripe_reverse(x: Tensor, H: int, W: int) -> Tensor:
 
 
 class LePEAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v + conv(v) inside each stripe; q, k, v stacked [3, B, H, W, C] -> [B, H, W, C].
+    """softmax(q k^T / sqrt(d)) v + conv(v) inside each stripe; q, k, v as [3, B, H, W, C] -> [B, H, W, C].
 
-    `axis` 0: stripes of the whole height and `split_size` columns; 1: of `split_size` rows and the whole width;
-    -1: the whole map.
-    """
+    `axis` 0: stripes of the whole height and `split_size` columns; 1: of `split_size` rows and the whole
+    width; -1: the whole map."""
 
     def __init__(self, dim: int, axis: int, split_size: int, num_heads: int) -> None:
         super().__init__()
@@ -185,4 +185,3 @@ class CSWinTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.forward_features(images).mean(dim=(1, 2)))
-

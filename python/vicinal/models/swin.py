@@ -1,19 +1,19 @@
 """Swin Transformer, versions 1 and 2, in plain PyTorch: the model as its papers write it.
 
-Attention runs inside w x w windows; every second block shifts the windows by w // 2 with a cyclic roll, and a mask of
--100 keeps apart the tokens that only the roll made neighbours. Version 1 (Liu et al., 2021, arXiv:2103.14030) adds a
-learned bias per relative position to scaled dot products; version 2 (Liu et al., 2022, arXiv:2111.09883) compares
-directions (cosine attention with a learned temperature), computes the bias with a small network and normalises after
-the sublayers.
+Attention runs inside w x w windows; every second block shifts the windows by w // 2 with a cyclic roll, and a
+mask of -100 keeps apart the tokens that only the roll made neighbours. Version 1 (Liu et al., 2021,
+arXiv:2103.14030) adds a learned bias per relative position to scaled dot products; version 2 (Liu et al.,
+2022, arXiv:2111.09883) compares directions (cosine attention with a learned temperature), computes the bias
+with a small network and normalises after the sublayers.
 
-Parameters and buffers carry the names of the official release, so its checkpoints load strictly; other libraries'
-names are translated by `vicinal.models.swin_keys`.
+Parameters and buffers carry the names of the official release, so its checkpoints load strictly; other
+libraries' names are translated by `vicinal.models.swin_keys`.
 
-Sizes: any height and width. Images are padded with zeros at the bottom and right to a multiple of the patch; the
-token map is padded the same way to a multiple of the window after the first normalisation and before the roll, so a
-padded token is a zero input whose key and value are the bias of the projection, and it takes part in the attention.
-An odd map is padded by one row or column before patch merging. Along an axis that holds one window nothing is shifted.
-"""
+Sizes: any height and width. Images are padded with zeros at the bottom and right to a multiple of the patch;
+the token map is padded the same way to a multiple of the window after the first normalisation and before the
+roll, so a padded token is a zero input whose key and value are the bias of the projection, and it takes part
+in the attention. An odd map is padded by one row or column before patch merging. Along an axis that holds one
+window nothing is shifted."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class WindowAttention(nn.Module):
 
 
 def relative_coords_table(window: int, pretrained_window: int) -> Tensor:
-    """[1, 2w-1, 2w-1, 2] log-spaced offsets (dy, dx) in about [-1, 1]: sign(c) log2(1 + |c|) / 3, c = 8 offset / (w - 1)."""
+    """[1, 2w-1, 2w-1, 2] offsets (dy, dx) as sign(c) log2(1 + |c|) / 3 with c = 8 offset / (w - 1)."""
     largest = max((pretrained_window or window) - 1, 1)
     c = 8.0 * torch.arange(1 - window, window, dtype=torch.float32) / largest
     c = c.sign() * torch.log2(1 + c.abs()) / 3
@@ -145,14 +145,21 @@ class WindowAttentionV2(nn.Module):
     relative_coords_table: Tensor
 
     def __init__(
-        self, dim: int, window_size: int, num_heads: int, qkv_bias: bool = True, pretrained_window_size: int = 0
+        self,
+        dim: int,
+        window_size: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        pretrained_window_size: int = 0,
     ) -> None:
         super().__init__()
         self.window_size = window_size
         self.num_heads = num_heads
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False))
-        self.register_buffer("relative_coords_table", relative_coords_table(window_size, pretrained_window_size))
+        self.register_buffer(
+            "relative_coords_table", relative_coords_table(window_size, pretrained_window_size)
+        )
         self.register_buffer("relative_position_index", relative_position_index(window_size))
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
@@ -235,13 +242,13 @@ class SwinTransformerBlock(nn.Module):
     def shift(self, H: int, W: int) -> tuple[int, int]:
         """Shift along each axis: none where the axis holds one window."""
         w, s = self.window_size, self.shift_size
-        return (s if H > w else 0, s if W > w else 0)
+        return (s if w < H else 0, s if w < W else 0)
 
     def mask(self, H: int, W: int, x: Tensor) -> Tensor | None:
         """[nW, N, N] shift mask of an H x W map in the type and place of x, or None without a shift."""
         if not any(self.shift(H, W)):
             return None
-        if (H, W) == self.mask_resolution and self.attn_mask is not None:
+        if self.mask_resolution == (H, W) and self.attn_mask is not None:
             return self.attn_mask.to(x.dtype)
         return shift_mask(H, W, self.window_size, self.shift(H, W)).to(x)
 
@@ -267,7 +274,7 @@ class SwinTransformerBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Join 2 x 2 neighbours and halve the channels they make; [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2C]."""
+    """Join 2 x 2 neighbours to 2C channels; [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2C]."""
 
     def __init__(self, dim: int, version: int = 1) -> None:
         super().__init__()
@@ -301,7 +308,9 @@ class PatchEmbed(nn.Module):
 class Stage(nn.Module):
     """Blocks at one resolution, every second one shifted, then patch merging unless it is the last stage."""
 
-    def __init__(self, config: SwinConfig, i: int, resolution: tuple[int, int], drop_paths: list[float]) -> None:
+    def __init__(
+        self, config: SwinConfig, i: int, resolution: tuple[int, int], drop_paths: list[float]
+    ) -> None:
         super().__init__()
         dim = config.embed_dim * 2**i
         self.blocks = nn.ModuleList(
