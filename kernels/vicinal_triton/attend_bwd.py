@@ -133,6 +133,9 @@ def attend_bwd_tile_kernel(
         s = finish_scores(kq, added, across(queries), down(keys), flags, scale, mask_value, REGIONS, APPENDED)
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
         weights = WEIGHTS(s, lse)
+        if SOFTMAX:  # the rounding of lse, one factor per query, would not cancel in weights * (dp - rowsum)
+            mass = tl.sum(weights, 0)
+            weights *= tl.where(mass > 0.0, 1.0 / tl.where(mass > 0.0, mass, 1.0), 0.0)[None, :]
 
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
         v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
