@@ -51,8 +51,11 @@ def errors(found: Tensors, expected: Tensors) -> dict[str, float]:
     return result
 
 
-def complaint(ours: dict[str, float], eager: dict[str, float], dtype: torch.dtype, factor: float = 2.0) -> str:
-    """"" if the rule holds, else what breaks it."""
+Errors = dict[str, float]  # by tensor
+
+
+def complaint(ours: Errors, eager: Errors, dtype: torch.dtype, factor: float = 2.0) -> str:
+    """What breaks the rule, or an empty text."""
     slack = 4 * torch.finfo(dtype).eps
     broken = [
         f"error of {name} is {ours[name]:.1e}, more than {factor:g} x {eager[name]:.1e} + {slack:.1e}"

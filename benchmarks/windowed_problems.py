@@ -158,12 +158,26 @@ def relative_bias(problem: Problem, table: Tensor | None) -> RelativeBias | None
 
 # head dimensions, windows and shifts as the models publish them
 PROBLEMS = (
-    Problem("swin-stage1-shift", "Swin-T 224, stage 1", 8, (56, 56), 3, 32, Windows(7, shift=3), core=True, quick=True),
+    Problem(
+        "swin-stage1-shift",
+        "Swin-T 224, stage 1",
+        8,
+        (56, 56),
+        3,
+        32,
+        Windows(7, shift=3),
+        core=True,
+        quick=True,
+    ),
     Problem("swin-stage1", "Swin-T 224, stage 1", 8, (56, 56), 3, 32, Windows(7), core=True),
     Problem("swin-stage4", "Swin-T 224, stage 4", 32, (7, 7), 24, 32, Windows(7), core=True, quick=True),
-    Problem("window16-shift", "window 16 at 256 x 256", 1, (256, 256), 3, 32, Windows(16, shift=8), core=True),
+    Problem(
+        "window16-shift", "window 16 at 256 x 256", 1, (256, 256), 3, 32, Windows(16, shift=8), core=True
+    ),
     Problem("swinir-shift", "SwinIR 256 x 256", 1, (256, 256), 6, 30, Windows(8, shift=4), core=True),
-    Problem("swin-padded", "Swin-T segmentation, padded", 1, (256, 512), 3, 32, Windows(7, shift=3, edge="zero")),
+    Problem(
+        "swin-padded", "Swin-T segmentation, padded", 1, (256, 512), 3, 32, Windows(7, shift=3, edge="zero")
+    ),
     Problem("hat", "HAT 64 x 64", 1, (64, 64), 6, 30, Windows(16, shift=8)),
     Problem(
         "hat-overlap", "HAT overlapping", 1, (64, 64), 6, 30, Windows(16, edge="zero", kv_size=24), bias="k-q"

@@ -57,7 +57,9 @@ def unfold(x: Tensor, group: Group) -> Tensor:
     return x.reshape(x.shape[0], -1, prod(group.k_window), *x.shape[-2:])
 
 
-def matmul_softmax(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+def matmul_softmax(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+) -> Tensor:
     """q, k, v [B, W, h, N, d], bias [h, N, M], mask [W, N, M] -> [B, W, h, N, dv]."""
     scores = (q * scale) @ k.transpose(-2, -1)
     if bias is not None:
@@ -115,7 +117,9 @@ class Published:
             first += group.heads
         return outs[0] if len(outs) == 1 else torch.cat(outs, -2)
 
-    def windowed(self, tensors: tuple[Tensor, ...], group: Group, heads: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def windowed(
+        self, tensors: tuple[Tensor, ...], group: Group, heads: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, windows, h, N, d] of one head group; a packed tensor is rolled and partitioned as one."""
         if len(tensors) == 1 and group.k_window == group.window:
             x = split(self._rolled(tensors[0][..., heads, :], group), group.window, self.grid)
@@ -155,20 +159,29 @@ class Published:
         return out
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-    """The same through FlexAttention, which reads bias and mask per score instead of a mask tensor per window."""
+def compiled_flex() -> Attend:
+    """The same through FlexAttention, which reads bias and mask per score. Only the attention is compiled: with the
+    partition in the same graph, inductor has no CPU template for it (torch 2.13)."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    windows = q.shape[1]
+    @torch.compile(fullgraph=True)
+    def flat(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            if bias is not None:
+                score = score + bias[h, i, j]
+            if mask is not None:
+                score = score + mask[b % mask.shape[0], i, j]
+            return score
 
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if bias is not None:
-            score = score + bias[h, i, j]
-        if mask is not None:
-            score = score + mask[b % windows, i, j]
-        return score
+        out = flex_attention(q, k, v, score_mod=score_mod, scale=scale)
+        assert isinstance(out, Tensor)
+        return out
 
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    out = flex_attention(q, k, v, score_mod=score_mod, scale=scale)
-    assert isinstance(out, Tensor)
-    return out
+    def flex(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        return flat(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, mask, scale)
+
+    return flex
