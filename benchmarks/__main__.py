@@ -82,7 +82,8 @@ def run_windowed(args: argparse.Namespace, report: Report) -> None:
             text = f"{case.group}  REFUSED: {report.refused[-1]['reason']}"
         else:
             row = table.cells(case.group, members[case.group])
-            text = f"{row[0]:<48} {row[1]:>7} ms  {row[5]:>6} ({table.others(members[case.group])})  {row[9]} of FMA"
+            rest = table.others(members[case.group])
+            text = f"{row[0]:<44} {row[1]:>7} ms  {row[9]:>4} of FMA  {row[5]:>6}  ({rest})"
         print(f"[{done}/{len(cases)}, {left}] {text}", flush=True)
 
 

@@ -1,8 +1,8 @@
 """No time without a right result: errors against float64, and the rule that decides whether a case may run.
 
-The error of a tensor is its largest absolute deviation from float64 over the largest float64 value. An implementation
-passes if, for the output and every gradient, its error is at most twice that of the eager baseline in the same dtype
-plus 4 eps.
+The error of a tensor is its largest absolute deviation from float64 over the largest float64 value. An
+implementation passes if, for the output and every gradient, its error is at most twice that of the eager
+baseline in the same dtype plus 4 eps.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Peak memory of one call, in a process of its own.
 
-PyTorch's profiler does not see what a native kernel allocates for itself, so on CPUs the resident set is measured: a child
-process, told to give large blocks back to the system at once, warms up on a small problem, resets the kernel's high-water mark
-(/proc/self/clear_refs), makes one call and reads the mark. On GPUs PyTorch's allocator keeps the mark.
+PyTorch's profiler does not see what a native kernel allocates for itself, so on CPUs the resident set is
+measured: a child process, told to give large blocks back to the system at once, warms up on a small problem,
+resets the kernel's high-water mark (/proc/self/clear_refs), makes one call and reads the mark. On GPUs
+PyTorch's allocator keeps the mark.
 
-Reported: what the call added to its inputs at its peak, outputs and gradients included; and the sum of both over inputs,
-outputs and gradients, which is the least that any implementation holds at the end.
+Reported: what the call added to its inputs at its peak, outputs and gradients included; and the sum of both
+over inputs, outputs and gradients, which is the least that any implementation holds at the end.
 """
 
 from __future__ import annotations

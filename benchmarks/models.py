@@ -1,7 +1,8 @@
-"""Whole models: Swin-T at 224 pixels before and after `vicinal.drop_in.accelerate`, inference and training steps.
+"""Whole models: Swin-T at 224 pixels before and after `vicinal.drop_in.accelerate`, inference and training
+steps.
 
-The baselines are the reference model of vicinal.models, which computes what the official release does, and timm's, with
-its own fused attention, on the same weights. Before anything is timed, the outputs are compared.
+The baselines are the reference model of vicinal.models, which computes what the official release does, and
+timm's, with its own fused attention, on the same weights. Before anything is timed, the outputs are compared.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def training(model: nn.Module, images: Tensor) -> Callable[[], Any]:
 
 
 def disagreement(found: dict[str, nn.Module], images: Tensor) -> str:
-    """Why the accelerated models are not the originals, or an empty text: float32 outputs within 1e-4 of their size."""
+    """Why the accelerated models are not the originals, or an empty text: float32 outputs within 1e-4 of
+    their size.
+    """
     with torch.inference_mode():
         outs = {name: model.eval()(images) for name, model in found.items()}
     for fast, slow in ((OURS, "reference"), ("timm, accelerated", "timm")):

@@ -1,8 +1,8 @@
 """What a call costs besides its kernel: the public function on one 7 x 7 window of one head.
 
-A Swin-T makes twelve such calls an image and direction, and the GPU's kernels for one image take about as long as a slow
-launch. `raw` launches the compiled kernel on arguments that are already pointers, so public minus raw is the overhead of
-Python, checks, the choice of a backend and PyTorch's dispatcher.
+A Swin-T makes twelve such calls an image and direction, and the GPU's kernels for one image take about as
+long as a slow launch. `raw` launches the compiled kernel on arguments that are already pointers, so public
+minus raw is the overhead of Python, checks, the choice of a backend and PyTorch's dispatcher.
 """
 
 from __future__ import annotations
