@@ -49,7 +49,9 @@ class OfflineDriver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def launches(call: AttendCall, grads: AttendGrads) -> list[tuple[Any, tuple[int, ...], dict[str, Any], dict[str, int]]]:
+def launches(
+    call: AttendCall, grads: AttendGrads
+) -> list[tuple[Any, tuple[int, ...], dict[str, Any], dict[str, int]]]:
     """What forward and backward of this call launch: (kernel, grid, arguments, options)."""
     recorded: list[Any] = []
 
@@ -75,7 +77,9 @@ def resources(binary: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout))
     stack = int(found["STACK"]) + int(found["LOCAL"])
     return {"registers": int(found["REG"]), "stack": stack, "shared": binary.metadata.shared}

@@ -22,7 +22,14 @@ TILED = Problem(
     mask="windows", dropout_p=0.3,
 )  # fmt: skip
 TILED_RELU2 = Problem(
-    "tiled-relu2", (130,), BY_NAME["1d"].windows.__class__(130), batch=1, heads=1, dim=5, bias="q-k", activation="relu2"
+    "tiled-relu2",
+    (130,),
+    BY_NAME["1d"].windows.__class__(130),
+    batch=1,
+    heads=1,
+    dim=5,
+    bias="q-k",
+    activation="relu2",
 )
 
 
