@@ -115,6 +115,9 @@ void bind_cpu(py::module_& m) {
   m.def("isa", &cpu::isa, "The instruction set in use.");
   m.def("available_isas", [] { return py::str(cpu::available_isas()).attr("split")(); });
   m.def("set_isa", &cpu::set_isa, py::arg("name"), "Choose an instruction set; '' goes back to the default.");
+  m.def("fma_probe", &cpu::fma_probe, py::arg("seconds"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(),
+        "float32 GFLOP/s of multiply-adds out of registers: the ceiling that benchmarks compare with.");
   m.def("slot_entries", &slot_entries, py::arg("axes"), py::arg("begin"), py::arg("extent"));
   m.def("bias_index", &bias_index);
   m.def("crosses", &crosses);

@@ -149,11 +149,6 @@ def check_qkv_types(q: Any, k: Any, v: Any) -> None:
             )
 
 
-def check_lse(activation: Any) -> None:
-    if activation != "softmax":
-        raise ValueError(f"return_lse is True; it needs activation 'softmax', not {activation!r}")
-
-
 def _shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
     if tuple(x.shape) != tuple(expected):
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be {meaning} = {list(expected)}")
@@ -216,6 +211,13 @@ def _check_options(call: Call) -> None:
                 f"logit_scale has shape {list(call.logit_scale.shape)}; "
                 f"it must be [{heads}] or [{heads}, 1, 1]"
             )
+
+
+def check_lse(return_lse: Any, activation: str) -> None:
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse is {return_lse!r}; it must be True or False")
+    if return_lse and activation in ACTIVATIONS[1:]:
+        raise ValueError(f"return_lse is True; it must be False under activation {activation!r}")
 
 
 def _check_grid(call: Call) -> list[tuple[AxisWindows, ...]]:

@@ -107,7 +107,8 @@ def _gather(x: Tensor, ids: Tensor, edge: Tensor | None) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+    smallest = max(1e-12, torch.finfo(x.dtype).tiny)  # 1e-12 is 0 in float16
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(smallest)
 
 
 def _weights(s: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -185,14 +186,18 @@ def windowed(
     s = s + _additive(s, k_slots, bias, extra_bias, attn_mask)
     s = s.masked_fill(_excluded(q_ids, k_ids, kw.shape[2], edge).to(s.device)[:, None], -torch.inf)
     if key_bias is not None:
-        per_slot = F.pad(key_bias, (0, 1))[:, k_ids.to(q.device) % (key_bias.shape[1] + 1)]  # pads: 0
+        with_pad = F.pad(key_bias.to(s.dtype), (0, 1))  # pads have no key bias
+        per_slot = with_pad[:, k_ids.to(q.device) % with_pad.shape[1]]
         s = s + F.pad(per_slot, (0, kw.shape[2] - k_slots))[:, :, None, None]
     if any(shifts):
         region = region_ids(lengths, windows, shifts).to(s.device)
         crossing = F.pad(region[:, :, None] != region[:, None, :], (0, kw.shape[2] - k_slots))[:, None]
         if activation != "softmax":
             mask_value = -torch.inf
-        s = s.masked_fill(crossing, -torch.inf) if mask_value == -torch.inf else s + mask_value * crossing
+        if mask_value == -torch.inf:
+            s = s.masked_fill(crossing, -torch.inf)
+        else:
+            s = s + mask_value * crossing.to(s.dtype)
     p, lse = _weights(s, activation)
     if dropout_p > 0.0 and seed is not None:
         p = p * _kept(p, q_ids, seed, dropout_p, head_offset, head_total or q.shape[2])

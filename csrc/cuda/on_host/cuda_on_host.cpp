@@ -24,7 +24,7 @@ Thread* current = nullptr;
 
 namespace {
 
-constexpr size_t kPage = 4096, kGap = 256, kMaxShared = 227 * 1024;
+constexpr size_t kPage = 4096, kGap = 256;
 constexpr int kMaxThreads = 1024, kMaxArrays = 64;
 
 struct PendingCopy {
@@ -81,7 +81,7 @@ struct Machine {
   Barrier barrier;
   std::vector<Warp> warps;
   unsigned char* shared = nullptr;
-  size_t shared_bytes = 0, shared_room = 0;
+  size_t shared_bytes = 0, shared_room = 0, shared_limit = 227 * 1024;
   Fiber main;  // the caller of launch; no stack of its own
   char launch_tag, done_tag;
 } m;
@@ -275,6 +275,7 @@ void run_block(uint3 block_idx, dim3 grid, dim3 block, size_t smem) {
 }  // namespace
 
 unsigned char* shared_base() { return m.shared; }
+size_t shared_limit() { return m.shared_limit; }
 
 unsigned char* take_shared(unsigned char** next, size_t* used, size_t bytes, Place at) {
   unsigned char* array = *next;
@@ -362,7 +363,8 @@ bool next_copy(int groups_left, Copy* copy) {
 cudaError_t run_grid(void (*entry)(void*), void* args, dim3 grid, dim3 block, size_t smem) {
   m.error.clear();
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
-  if (!blocks || !threads || threads > kMaxThreads || smem > kMaxShared || grid.y > 65535 || grid.z > 65535) {
+  if (!blocks || !threads || threads > kMaxThreads || smem > m.shared_limit || grid.y > 65535 ||
+      grid.z > 65535) {
     m.error = format("launch of %ux%ux%u blocks, %ux%ux%u threads, %zu bytes of shared memory is impossible",
                      grid.x, grid.y, grid.z, block.x, block.y, block.z, smem);
     return cudaErrorInvalidConfiguration;
@@ -396,5 +398,6 @@ void vicinal_host_schedule(int order, int copies, unsigned seed) {
   m.random = seed ? seed : 1;
 }
 const char* vicinal_host_error_text() { return m.error.c_str(); }
+void vicinal_host_shared_memory(size_t bytes) { m.shared_limit = bytes; }
 long vicinal_host_bank_conflicts() { return m.bank_conflicts; }
 }

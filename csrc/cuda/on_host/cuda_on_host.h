@@ -78,6 +78,7 @@ struct MmaArgs {
 };
 
 unsigned char* shared_base();
+size_t shared_limit();
 unsigned char* take_shared(unsigned char** next, size_t* used, size_t bytes, Place at);
 void sync_block(Place at);
 void collective(Op op, unsigned mask, void* args, Place at);
@@ -108,7 +109,8 @@ inline void move_bytes(const Copy& copy) {
 extern "C" {
 void vicinal_host_schedule(int order, int copies, unsigned seed);
 const char* vicinal_host_error_text();
-long vicinal_host_bank_conflicts();  // extra shared-memory cycles of all ldmatrix calls so far
+void vicinal_host_shared_memory(size_t bytes);  // limit of a block; 227 KiB at first
+long vicinal_host_bank_conflicts();             // extra shared-memory cycles of all ldmatrix calls so far
 }
 
 namespace vicinal::simt {
@@ -208,6 +210,9 @@ void cp_async_wait() {
 }
 
 inline float ex2(float x) { return exp2f(x); }
+
+inline int multiprocessors() { return 1; }
+inline size_t shared_memory_limit() { return on_host::shared_limit(); }
 
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t,
