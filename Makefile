@@ -14,20 +14,26 @@ CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 # Test processes run side by side; one thread each. Tests of threading set their own number.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test slow-test check format build clean
+.PHONY: test slow-test demo bench check format build clean
 
 test: $(BUILT)  ## all tests but the slow ones
 	$(RUN) -m pytest -n $(WORKERS) -q -m "not slow" $(TESTS)
 
 slow-test: $(BUILT)  ## the tests that take more than 30 seconds each
-	$(RUN) -m pytest -q -m slow $(TESTS) || [ $$? -eq 5 ]  # 5: there are none
+	$(RUN) -m pytest -n $(WORKERS) -q -m slow $(TESTS) || [ $$? -eq 5 ]  # 5: there are none
+
+demo: $(BUILT)  ## a model trained with and without vicinal; pictures in demo-output
+	$(RUN) examples/demo.py
+
+bench: $(BUILT)  ## benchmarks; BENCH="--help" lists what there is to ask for
+	$(RUN) -m benchmarks $(BENCH)
 
 check: $(BUILT)  ## formatting, lint and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run -Werror $(CXX_SOURCES)
 	$(RUN) -m mypy
-	$(RUN) -m mypy setup.py tests
+	$(RUN) -m mypy setup.py tests examples benchmarks
 
 format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
@@ -41,7 +47,7 @@ clean:
 
 # torch comes first and alone: its version decides which build of everything else fits. torchvision names the
 # torch it was built with, which need not be the build that is installed.
-$(INSTALLED): constraints.txt pyproject.toml
+$(INSTALLED): constraints.txt pyproject.toml setup.py python/vicinal/_version.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) triton
@@ -50,6 +56,6 @@ $(INSTALLED): constraints.txt pyproject.toml
 	VICINAL_NATIVE=0 $(PIP) --no-build-isolation -e ".[test,models,bench,dev]"
 	touch $@
 
-$(BUILT): $(INSTALLED) setup.py python/vicinal/_version.py $(NATIVE)
-	$(PIP) --no-build-isolation --no-deps -e .
+$(BUILT): $(INSTALLED) $(NATIVE)
+	$(RUN) setup.py --quiet build_ext --inplace
 	touch $@

@@ -258,7 +258,7 @@ setup(
         "vicinal.kernels",
         *(f"vicinal.kernels.{name}" for name in find_packages("kernels/vicinal_triton")),
     ],
-    package_data={"vicinal": ["py.typed"]},
+    package_data={"vicinal": ["py.typed", "*.pyi"]},
     include_package_data=False,
     ext_modules=[Extension("vicinal._C", sources=["csrc/module.cpp"])] if TOOLS else [],
     cmdclass={"build_ext": BuildWithNinja},

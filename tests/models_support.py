@@ -1,5 +1,4 @@
-"""What the tests of the models share: optional libraries, weights that hide nothing, and comparisons of
-gradients."""
+"""Shared by the tests of models: optional libraries, weights that hide nothing, comparisons of gradients."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ _SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def redraw(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter anew, so that none is zero or one and every branch of the model shows in its
-    outputs."""
+    """Draw every parameter anew, so that none is zero and every branch shows in the outputs."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,5 +1,4 @@
-"""The reference CSWin model against dense attention with a mask, written from the definition of the
-stripes."""
+"""The reference CSWin model against dense attention with a mask, from the definition of the stripes."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ from vicinal.models.cswin import CSWinBlock, LePEAttention, stripe_partition, st
 
 
 def _dense_branch(attn: LePEAttention, qkv: Tensor) -> Tensor:
-    """One branch on the padded map as attention over all tokens with a mask, and LePE pair by pair of
-    pixels."""
+    """One branch as attention over all tokens of the padded map with a mask, and LePE by pairs of pixels."""
     H, W = qkv.shape[2:4]
     height, width = {0: (H, attn.split_size), 1: (attn.split_size, W), -1: (H, W)}[attn.axis]
     rows, cols = -(-H // height) * height, -(-W // width) * width
@@ -45,8 +43,7 @@ def test_a_branch_is_masked_dense_attention(axis: int, size: tuple[int, int], sp
 
 
 def test_first_heads_use_vertical_stripes() -> None:
-    """With stripes of one token's width, the first half of the channels mixes columns and the second half
-    rows."""
+    """With stripes one token wide, the first half of the channels mixes columns, the second half rows."""
     block = redraw(CSWinBlock(8, 2, 1, False))
     block.proj.weight.data = torch.eye(8)
     x = torch.randn(1, 4, 5, 8, requires_grad=True)
@@ -86,7 +83,7 @@ def test_names_are_the_official_ones() -> None:
 )
 def test_published_parameter_counts(config: object, millions: float) -> None:
     with torch.device("meta"):
-        model = CSWinTransformer(config)
+        model = CSWinTransformer(config)  # type: ignore[arg-type]
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - millions) < 1
 
 

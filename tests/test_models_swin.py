@@ -1,5 +1,4 @@
-"""The reference Swin models against timm, torchvision and transformers with the same weights, and against
-themselves."""
+"""The reference Swin models against timm, torchvision and transformers with the same weights."""
 
 from __future__ import annotations
 
@@ -96,11 +95,9 @@ def test_same_weights_give_the_same_logits_as_other_libraries(peer: Any, version
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("size", [(60, 44), (44, 100), (30, 22)])
 def test_odd_sizes_agree_with_torchvision(version: str, size: tuple[int, int]) -> None:
-    # torchvision has the same rule: pad before the projection, then roll; no shift along an axis of one
-    # window
+    # torchvision has the same rule: pad before the projection, then roll; no shift where one window suffices
     theirs = redraw(_torchvision(version, size)).double().eval()
-    # built for maps larger than the window, so that the last stage keeps its shift for any size, as theirs
-    # does
+    # built for maps larger than the window: the last stage keeps its shift at any size, as theirs does
     ours = SwinTransformer(CONFIGS[version](image_size=128)).double().eval()
     ours.load_state_dict(official_state_dict(theirs.state_dict(), ours), strict=True)
     images = torch.randn(2, 3, *size, dtype=torch.float64)

@@ -26,7 +26,7 @@ def test_equals_the_attention_of_a_swin_block(cosine: bool, size: tuple[int, int
         def __init__(self) -> None:
             super().__init__()
             self.attn = block.attn
-            self.forward = block.window_attention  # type: ignore[assignment]
+            self.forward = block.window_attention  # type: ignore[method-assign]
 
     x = torch.randn(2, *size, 32)
     block.double()
@@ -64,8 +64,7 @@ def test_a_missing_parameter_is_still_missing() -> None:
 
 
 def _dense(module: WindowedAttention, x: torch.Tensor) -> torch.Tensor:
-    """Attention over all tokens with the rules of windows, shift and bias written pair by pair; divisible
-    sizes."""
+    """Attention over all tokens with the rules of windows, shift and bias by pairs; divisible sizes."""
     space = x.shape[1:-1]
     rank, h = len(space), module.num_heads
     coords = torch.cartesian_prod(*(torch.arange(L) for L in space)).view(-1, rank)

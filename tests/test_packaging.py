@@ -85,7 +85,7 @@ def test_without_a_compiler_the_wheel_is_pure_and_warns(checkout: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [name for name in names if name.endswith(".so")]
-    assert {"vicinal/py.typed", "vicinal/info.py", "vicinal/kernels/__init__.py"} <= set(names)
+    assert {"vicinal/py.typed", "vicinal/_C.pyi", "vicinal/kernels/__init__.py"} <= set(names)
     assert not [name for name in names if name.split("/")[0] not in ("vicinal", wheel_metadata(wheel))]
 
 
@@ -117,6 +117,7 @@ def test_each_instruction_set_is_compiled_with_its_own_flags() -> None:
     lanes = {"portable": 4, "avx2": 8, "avx512": 16, "avx512bf16": 16}
     assert native["float_lanes"] == {isa: lanes[isa] for isa in native["isas"]}
     assert native["isas"][0] == "portable"
+    assert native["isa"] in native["isas"]
 
 
 def test_info_prints_one_json_object() -> None:
@@ -125,6 +126,13 @@ def test_info_prints_one_json_object() -> None:
     assert facts["vicinal"] == vicinal.__version__
     assert facts["devices"][0]["name"] == "cpu"
     assert facts["native"] == info.native()
+    assert {"windowed"} <= {row["family"] for row in facts["backends"]}
+
+
+def test_the_reference_is_ready_everywhere() -> None:
+    rows = [row for row in info.backends() if row["backend"] == "reference"]
+    assert rows
+    assert all(row["here"]["cpu"] == "ready" for row in rows)
 
 
 def test_info_for_people_names_every_fact() -> None:
@@ -133,4 +141,5 @@ def test_info_for_people_names_every_fact() -> None:
     assert all(name in text for name in facts)
     without = info.render(facts | {"native": None, "triton": None})
     assert "No native code" in without
+    assert all(row["backend"] in text for row in facts["backends"])
     assert re.search(r"^triton +none$", without, re.MULTILINE)

@@ -1,18 +1,171 @@
-// attend, forward.
-#include "naive.h"
+// attend, forward: per row and head, blocks of queries against all keys (block.h).
+#include "block.h"
+#include "schedule.h"
+#include "weights.h"
 
 namespace vicinal::VICINAL_ISA {
+namespace {
+
+template <class S, class T>
+struct Forward : Block<S, T> {
+  using Base = Block<S, T>;
+  using Base::a, Base::D, Base::Dv, Base::Dp, Base::Dvp, Base::kN, Base::now, Base::n, Base::q0, Base::s,
+      Base::column;
+  const AttendFwd& p;
+  T* o;  // [kBlockQueries][Dvp]
+  T top[kBlockQueries], sum[kBlockQueries],
+      inverse[kBlockQueries];  // per query: maximum, sum of exp, 1 / sum
+
+  explicit Forward(const AttendFwd& params) : Base(params.a), p(params) {}
+
+  void carve(cpu::Arena& arena, int32_t group_heads) {
+    Base::carve(arena, group_heads);
+    o = arena.take<T>(int64_t(kBlockQueries) * Dvp);
+  }
+
+  void row(int32_t h0, int32_t h1) {
+    if (this->bias && !this->bias_is_current(h0, h1)) this->expand_bias(h0, h1);
+    const int32_t blocks = (now->nq + kBlockQueries - 1) / kBlockQueries;
+    const int32_t size = round_up((now->nq + blocks - 1) / blocks, kN);
+    for (int32_t h = h0; h < h1; ++h) {
+      this->pack_keys(h);
+      for (int32_t begin = 0; begin < now->nq; begin += size) {
+        this->set_block(begin, now->nq - begin < size ? now->nq - begin : size);
+        block(h);
+      }
+    }
+  }
+
+  void block(int32_t h) {
+    this->prefetch_queries(a.q, h, D);
+    this->pack_queries(a.q, h, D, Dp, T(a.scale), this->q_scales(h), this->unit, this->q, this->q_rows,
+                       false);
+    this->scores(h, T(1));
+    for (int32_t c = 0; c < this->vectors * kN; c += kN) weights(s + c, kBlockQueries, now->nk, c);
+    for (int32_t u = 0; u < this->tails; ++u) tail_weights(this->column_of_tail(u));
+    finish_sums(h);
+    if (a.dropout_p > 0) this->drop(h, s);
+    gemm_columns(Gemm<T>{s, kBlockQueries, this->v, Dvp, nullptr, 0, o, Dvp}, n, now->nk, Dvp / kN);
+    write(h);
+  }
+
+  // A vector of queries: weights in place, top and sum at c.
+  void weights(T* x, int64_t stride, int32_t nk, int32_t c) {
+    const bool softmax = a.activation == kSoftmax;
+    if (softmax || p.lse) {
+      const Vec<T> lowest = splat(-T(__builtin_inf()));
+      const T to_log2 = softmax ? T(1) : T(kLog2E);
+      Vec<T> most = lowest, total = {};
+      for (int32_t j = 0; j < nk; ++j) most = maximum(most, load(x + j * stride));
+      const Vec<T> base = most == lowest ? Vec<T>{} : most;
+      for (int32_t j = 0; j < nk; ++j) {
+        const Vec<T> e = exp2((load(x + j * stride) - base) * to_log2);
+        total += e;
+        if (softmax) store(x + j * stride, e);
+      }
+      store(top + c, base * to_log2), store(sum + c, total);
+    }
+    if (softmax) return;
+    for (int32_t j = 0; j < nk; ++j) store(x + j * stride, activate<T>(a.activation, load(x + j * stride)));
+  }
+  // The same for one query: its keys become the lanes.
+  void tail_weights(int32_t c) {
+    const int32_t nk = now->nk;
+    for (int32_t j = 0; j < nk; ++j) column[j] = s[int64_t(j) * kBlockQueries + c];
+    for (int32_t j = nk; j < round_up(nk, kN); ++j) column[j] = -T(__builtin_inf());
+    const int32_t steps = round_up(nk, kN) / kN;
+    if (a.activation == kSoftmax || p.lse) {
+      tail_softmax(c, steps);
+    } else {
+      for (int32_t u = 0; u < steps; ++u)
+        store(column + u * kN, activate<T>(a.activation, load(column + u * kN)));
+    }
+    for (int32_t j = 0; j < nk; ++j) s[int64_t(j) * kBlockQueries + c] = column[j];
+  }
+  void tail_softmax(int32_t c, int32_t steps) {
+    const bool softmax = a.activation == kSoftmax;
+    const T to_log2 = softmax ? T(1) : T(kLog2E), infinite = T(__builtin_inf());
+    Vec<T> most = splat(-infinite), total = {};
+    for (int32_t u = 0; u < steps; ++u) most = maximum(most, load(column + u * kN));
+    T base = -infinite;
+    for (int32_t u = 0; u < kN; ++u) base = base > most[u] ? base : most[u];
+    if (base == -infinite) base = 0;
+    for (int32_t u = 0; u < steps; ++u) {
+      const Vec<T> x = load(column + u * kN), e = exp2((x - base) * to_log2);
+      total += e;
+      store(column + u * kN, softmax ? e : activate<T>(a.activation, x));
+    }
+    top[c] = base * to_log2, sum[c] = sum_lanes<T>(total);
+  }
+
+  // 1 / sum, and lse to memory.
+  void finish_sums(int32_t h) {
+    const bool softmax = a.activation == kSoftmax;
+    T lse[kBlockQueries];
+    for (int32_t c = 0; c < n; c += kN) {
+      if (!softmax && !p.lse) break;
+      const Vec<T> l = load(sum + c);
+      store(inverse + c, l == Vec<T>{} ? Vec<T>{} : T(1) / l);
+      store(lse + c, (load(top + c) + log2(l)) * T(kLn2));
+    }
+    for (int32_t c = 0; c < n && p.lse; ++c) {
+      const int32_t token = now->q_token[q0 + c];
+      if (token >= 0) static_cast<T*>(p.lse)[(now->b * a.n_q + token) * p.lse_stride_n + h] = lse[c];
+    }
+  }
+  void write(int32_t h) {
+    const bool softmax = a.activation == kSoftmax;
+    for (int32_t c = 0; c < n; ++c) {
+      const int32_t token = now->q_token[q0 + c];
+      if (token < 0) continue;
+      const T factor = softmax ? inverse[c] : T(1);
+      const T* from = o + int64_t(c) * Dvp;
+      S* to = row_of<S>(p.out, now->b, token, h);
+      int32_t d = 0;
+      for (; d + kN <= Dv; d += kN) store_as(to + d, load(from + d) * factor);
+      if (d < Dv) store_part<T>(to + d, load(from + d) * factor, Dv - d);
+    }
+  }
+};
+
+template <class S, class T>
+void run(const AttendFwd& p, int threads) {
+  Forward<S, T> counted(p);
+  const double flops = 2.0 * p.a.plan.q_slots * counted.k_most * (p.a.head_dim + p.a.head_dim_v);
+  const Schedule plan = make_schedule(p.a, counted.bias_stride() * sizeof(T), flops);
+  cpu::Arena counter(nullptr);
+  counted.carve(counter, plan.group_heads);
+  const int64_t chunks = plan.chunks();
+  const int team = threads < chunks ? threads : static_cast<int>(chunks);
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    Forward<S, T> w(p);
+    cpu::Arena arena(cpu::thread_scratch(counter.used()));
+    w.carve(arena, plan.group_heads);
+    w.clear_zeros();
+#pragma omp for schedule(dynamic)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const Range r = plan.range(p.a, chunk);
+      for (int64_t item = r.begin; item < r.end; ++item) {
+        w.advance(item, r.end);
+        w.row(r.h0, r.h1);
+      }
+    }
+  }
+}
+
+}  // namespace
 
 void attend_fwd(const AttendFwd& p, int threads) {
   switch (p.a.dtype) {
     case kF32:
-      return naive_fwd<float, float>(p, threads);
+      return run<float, float>(p, threads);
     case kF64:
-      return naive_fwd<double, double>(p, threads);
+      return run<double, double>(p, threads);
     case kBF16:
-      return naive_fwd<BFloat16, float>(p, threads);
+      return run<BFloat16, float>(p, threads);
     case kF16:
-      return naive_fwd<Half, float>(p, threads);
+      return run<Half, float>(p, threads);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "attend.h"
+#include "memory.h"
 #include "vicinal_config.h"
 
 #define DECLARE(isa)                                \
@@ -79,6 +80,22 @@ const Entry& current() {
 }
 
 }  // namespace
+
+void* thread_scratch(size_t bytes) {
+  struct Memory {
+    void* data = nullptr;
+    size_t size = 0;
+    ~Memory() { std::free(data); }
+  };
+  thread_local Memory memory;
+  if (memory.size < bytes) {
+    std::free(memory.data);
+    memory.size = (bytes + 4095) / 4096 * 4096;
+    memory.data = std::aligned_alloc(4096, memory.size);
+    if (!memory.data) std::abort();
+  }
+  return memory.data;
+}
 
 const char* available_isas() { return available().c_str(); }
 const char* isa() { return current().name; }

@@ -1,7 +1,9 @@
 """Custom attention kernels for local, sparse and linear attention in PyTorch."""
 
+from vicinal import nn
 from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
+from vicinal.drop_in import accelerate, restore
 from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
 
 __all__ = [
@@ -9,7 +11,10 @@ __all__ = [
     "RelativeBias",
     "Windows",
     "__version__",
+    "accelerate",
     "explain",
+    "nn",
+    "restore",
     "windowed_attention",
     "windowed_attention_qkvpacked",
 ]

@@ -16,8 +16,8 @@ _log = logging.getLogger("vicinal")
 
 try:
     import vicinal._C as _C
-except ImportError:  # built without a compiler
-    _C = None
+except ModuleNotFoundError:  # built without a compiler; a broken library still raises
+    _C = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -87,40 +87,42 @@ def define(
 def autograd_function(
     family: Family, finish: Callable[..., list[Tensor | None]]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """apply(backend, packed, *tensors, *options) -> outputs, differentiable once.
+    """apply(backend, packed, options, *tensors) -> outputs, differentiable once.
 
     When packed, the first tensor is [B, *space, 3, H, D] and the next two are None. finish(grads, tensors)
     turns the op's gradients (one per family.gradients, None where there is none) into those of all tensors.
     """
     fwd = getattr(torch.ops.vicinal, f"{family.name}_fwd")
     bwd = getattr(torch.ops.vicinal, f"{family.name}_bwd")
-    n = len(family.tensors)
+    n_outputs = len(family.outputs)
 
-    def run(backend: str, packed: bool, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    def run(
+        backend: str, packed: bool, options: tuple[Any, ...], tensors: Sequence[Any]
+    ) -> tuple[Tensor, ...]:
         if packed:
-            return getattr(fwd, backend)(*args[0].unbind(-3), *args[3:])
-        return getattr(fwd, backend)(*args)
+            return getattr(fwd, backend)(*tensors[0].unbind(-3), *tensors[3:], *options)
+        return getattr(fwd, backend)(*tensors, *options)
 
-    def save(ctx: Any, backend: str, packed: bool, args: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        ctx.save_for_backward(*outputs, *args[:n])
-        ctx.backend, ctx.packed, ctx.options = backend, packed, args[n:]
+    def save(ctx: Any, settings: tuple[Any, ...], tensors: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        ctx.save_for_backward(*outputs, *tensors)
+        ctx.backend, ctx.packed, ctx.options = settings
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        outputs, tensors = saved[: len(family.outputs)], saved[len(family.outputs) :]
+        outputs, tensors = saved[:n_outputs], saved[n_outputs:]
         split = (*tensors[0].unbind(-3), *tensors[3:]) if ctx.packed else tensors
         if grads[0] is None:
             grads = (torch.zeros_like(outputs[0]), *grads[1:])
         raw = getattr(bwd, ctx.backend)(*grads, *outputs, *split, *ctx.options, ctx.packed)
-        found = [None if g.numel() == 0 and g.dim() == 1 else g for g in raw]
-        return (None, None, *finish(found, split, ctx.packed), *[None] * len(ctx.options))
+        found = [None if g.dim() == 1 and g.numel() == 0 else g for g in raw]
+        return (None, None, None, *finish(found, split, ctx.packed))
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, backend: str, packed: bool, *args: Any) -> tuple[Tensor, ...]:
-            outputs = run(backend, packed, args)
-            save(ctx, backend, packed, args, outputs)
+        def forward(ctx: Any, backend: str, packed: bool, options: Any, *tensors: Any) -> tuple[Tensor, ...]:
+            outputs = run(backend, packed, options, tensors)
+            save(ctx, (backend, packed, options), tensors, outputs)
             return outputs
 
         @staticmethod
@@ -132,12 +134,12 @@ def autograd_function(
         """The twin for torch.func: functorch wants a separate setup_context, and a rule for vmap."""
 
         @staticmethod
-        def forward(backend: str, packed: bool, *args: Any) -> tuple[Tensor, ...]:
-            return run(backend, packed, args)
+        def forward(backend: str, packed: bool, options: Any, *tensors: Any) -> tuple[Tensor, ...]:
+            return run(backend, packed, options, tensors)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            save(ctx, inputs[0], inputs[1], inputs[2:], output)
+            save(ctx, inputs[:3], inputs[3:], output)
 
         @staticmethod
         @once_differentiable
@@ -145,24 +147,28 @@ def autograd_function(
             return differentiate(ctx, *grads)
 
         @staticmethod
-        def vmap(info: Any, in_dims: tuple[Any, ...], backend: str, packed: bool, *args: Any) -> Any:
+        def vmap(
+            info: Any, in_dims: tuple[Any, ...], backend: str, packed: bool, options: Any, *tensors: Any
+        ) -> Any:
             """One call per example: options and small tensors may differ between them."""
+            dims = in_dims[3:]
             results = [
                 Transformable.apply(
                     backend,
                     packed,
-                    *[a if d is None else a.select(d, i) for a, d in zip(args, in_dims[2:], strict=True)],
+                    options,
+                    *[t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)],
                 )
                 for i in range(info.batch_size)
             ]
             outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
             return outputs, tuple(0 for _ in outputs)
 
-    def apply(backend: str, packed: bool, *args: Any) -> tuple[Tensor, ...]:
+    def apply(backend: str, packed: bool, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
         if torch._C._are_functorch_transforms_active():
-            return Transformable.apply(backend, packed, *args)
-        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in args[:n]):
-            return run(backend, packed, args)
-        return Differentiable.apply(backend, packed, *args)
+            return Transformable.apply(backend, packed, options, *tensors)
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+            return run(backend, packed, options, tensors)
+        return Differentiable.apply(backend, packed, options, *tensors)
 
     return apply

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,17 +72,34 @@ def _cpu_forward(call: AttendCall) -> None:
 
 
 def _cpu_repeat(call: AttendCall) -> Callable[..., None]:
-    remembered, plan, again, threads = (
-        _C.remember_fwd((*_forward_arguments(call),)),
-        call.plan,
-        _C.attend_fwd_again,
-        torch.get_num_threads,
-    )
+    remembered, plan = _C.remember_fwd(_forward_arguments(call)), call.plan
+    again, threads = _C.attend_fwd_again, torch.get_num_threads
 
     def launch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
-        assert plan is not None  # its tables are pointers of `remembered`
+        assert plan is not None  # keeps the tables that `remembered` points to
         pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if bias is None else bias.data_ptr())
         again(remembered, *pointers, out.data_ptr(), lse.data_ptr(), threads())
+
+    return launch
+
+
+def _cpu_repeat_backward(call: AttendCall, grads: AttendGrads) -> Callable[..., None]:
+    remembered, plan = _C.remember_bwd(_backward_arguments(call, grads)), call.plan
+    again, threads, has_bias = _C.attend_bwd_again, torch.get_num_threads, grads.dbias is not None
+    dk_offset, dv_offset = (x.data_ptr() - grads.dq.data_ptr() for x in (grads.dk, grads.dv))
+
+    def launch(
+        tensors: Sequence[Tensor], dlse: Tensor | None, results: Sequence[Tensor], packed: bool
+    ) -> None:
+        assert plan is not None
+        q, k, v, bias, out, lse, dout = tensors
+        dq = results[0].data_ptr()
+        dk, dv = (
+            (dq + dk_offset, dq + dv_offset) if packed else (results[1].data_ptr(), results[2].data_ptr())
+        )
+        inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(bias), out.data_ptr(), lse.data_ptr())
+        dbias = results[3].data_ptr() if has_bias else 0
+        again(remembered, *inputs, dout.data_ptr(), _pointer(dlse), dq, dk, dv, dbias, threads())
 
     return launch
 
@@ -106,7 +123,8 @@ def _triton_backward(call: AttendCall, grads: AttendGrads) -> None:
 @dataclass(frozen=True)
 class Launchers:
     """One backend: its launchers (None: the reference, which is no op) and its capabilities for any softmax
-    family. `repeat(call)`: a quick launcher (q, k, v, bias, out, lse) for tensors of the same shapes and strides.
+    family. `repeat(call)` and `repeat_backward(call, grads)`: quick launchers for tensors of the same
+    shapes and strides.
     """
 
     backend: str
@@ -119,6 +137,7 @@ class Launchers:
     min_arch: int | None = None
     missing: frozenset[str] = frozenset()
     repeat: Callable[[AttendCall], Callable[..., None]] | None = None
+    repeat_backward: Callable[[AttendCall, AttendGrads], Callable[..., None]] | None = None
 
     def capability(self, family: str) -> Row:
         limits = (self.max_head_dim, self.min_arch, self.missing)
@@ -131,7 +150,7 @@ ROWS = (
         _triton_forward,
         _triton_backward,
         devices=("cuda", "cpu"),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        dtypes=FLOATS,
         available=_backends.have_triton,
         max_head_dim=256,
         min_arch=80,
@@ -144,6 +163,7 @@ ROWS = (
         dtypes=FLOATS,
         available=_backends.have_cpu,
         repeat=_cpu_repeat,
+        repeat_backward=_cpu_repeat_backward,
     ),
     Launchers("reference", None, None, ("any",), FLOATS, _backends.have_reference),
 )

@@ -213,6 +213,13 @@ def _check_options(call: Call) -> None:
             )
 
 
+def check_lse(return_lse: Any, activation: str) -> None:
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse is {return_lse!r}; it must be True or False")
+    if return_lse and activation in ACTIVATIONS[1:]:
+        raise ValueError(f"return_lse is True; it must be False under activation {activation!r}")
+
+
 def _check_grid(call: Call) -> list[tuple[AxisWindows, ...]]:
     """The windows of every head group on this grid."""
     from ._windowed_run import geometry_of

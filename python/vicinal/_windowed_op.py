@@ -228,35 +228,73 @@ def _forward(launchers: _launch.Launchers) -> Callable[..., tuple[Tensor, Tensor
     return windowed_fwd
 
 
-def _backward(launch: Callable[[AttendCall, AttendGrads], None]) -> Callable[..., tuple[Tensor, ...]]:
+def _backward(launchers: _launch.Launchers) -> Callable[..., tuple[Tensor, ...]]:
+    launch, repeat = launchers.backward, launchers.repeat_backward
+    repeats: dict[Any, Callable[..., None]] = {}
+    assert launch is not None
+
     def windowed_bwd(*args: Any) -> tuple[Tensor, ...]:
-        dout, dlse, out, lse = args[:4]
+        dout, dlse, out, lse, q, k, v, bias = args[:8]
         tensors, options, packed = args[4:15], args[15:-1], args[-1]
-        results = list(_fake_backward((out, lse), tensors, options, packed))
-        q, extra_k, extra_v = tensors[0], tensors[6], tensors[7]
+        results = _fake_backward((out, lse), tensors, options, packed)
+        key = None
+        if repeat is not None and args[8:15] == _NO_TENSORS and dout.stride(-1) == 1:
+            shapes = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), dout.stride(), q.dtype)
+            key = (*shapes, None if bias is None else bias.shape, dlse is None, packed, options)
+            again = repeats.get(key)
+            if again is not None:
+                dlse = None if dlse is None else dlse.contiguous()
+                again((q, k, v, bias, out, lse, dout), dlse, results, packed)
+                return results
         if lse.numel() == 0:
             return tuple(r.zero_() for r in results)
-        call = _make_call(tensors, options, flat(out), lse.contiguous())
-        dq, dk, dv = results[0].unbind(-3) if packed else results[:3]
-        dextra = [_per_sample(r, t, q.shape[0]) for r, t in ((results[4], extra_k), (results[5], extra_v))]
-        grads = AttendGrads(
-            dout=flat(dout),
-            dlse=None if dlse is None else dlse.contiguous().view(call.lse.shape),
-            dq=flat(dq),
-            dk=flat(dk),
-            dv=flat(dv),
-            dbias=None if tensors[3] is None else results[3],
-            dextra_k=dextra[0],
-            dextra_v=dextra[1],
-        )
-        for first, last, plan in _for_each_group(tensors, options[0]):
+        call, grads = _make_grads(args[:4], tensors, options, packed, results)
+        groups = _for_each_group(tensors, options[0])
+        for first, last, plan in groups:
             _backward_group(launch, slice_call(call, plan, first, last), slice_grads(grads, first, last))
-        for index, per_sample in zip((4, 5), dextra, strict=True):
-            if per_sample is not None and per_sample is not results[index]:
-                torch.sum(per_sample, 0, keepdim=True, out=results[index])
-        return tuple(results)
+        _sum_shared(grads, results)
+        pairs = ((q, call.q), (k, call.k), (v, call.v), (dout, grads.dout), (out, call.out), (lse, call.lse))
+        if key is not None and all(x.data_ptr() == y.data_ptr() for x, y in pairs) and len(groups) == 1:
+            call.plan = groups[0][2]
+            if repeat is not None and not call.plan.overlap:
+                if len(repeats) >= 1024:
+                    repeats.clear()
+                repeats[key] = repeat(call, grads)
+        return results
 
     return windowed_bwd
+
+
+def _make_grads(
+    given: tuple[Any, ...],
+    tensors: tuple[Any, ...],
+    options: tuple[Any, ...],
+    packed: bool,
+    results: tuple[Tensor, ...],
+) -> tuple[AttendCall, AttendGrads]:
+    """The launch of a backward: what it reads, and where it writes."""
+    dout, dlse, out, lse = given
+    batch, extra_k, extra_v = tensors[0].shape[0], tensors[6], tensors[7]
+    call = _make_call(tensors, options, flat(out), lse.contiguous())
+    dq, dk, dv = results[0].unbind(-3) if packed else results[:3]
+    grads = AttendGrads(
+        dout=flat(dout),
+        dlse=None if dlse is None else dlse.contiguous().view(call.lse.shape),
+        dq=flat(dq),
+        dk=flat(dk),
+        dv=flat(dv),
+        dbias=None if tensors[3] is None else results[3],
+        dextra_k=_per_sample(results[4], extra_k, batch),
+        dextra_v=_per_sample(results[5], extra_v, batch),
+    )
+    return call, grads
+
+
+def _sum_shared(grads: AttendGrads, results: tuple[Tensor, ...]) -> None:
+    """Extra rows that the batch shares: the sum over the samples."""
+    for result, per_sample in ((results[4], grads.dextra_k), (results[5], grads.dextra_v)):
+        if per_sample is not None and per_sample is not result:
+            torch.sum(per_sample, 0, keepdim=True, out=result)
 
 
 def _per_sample(result: Tensor, tensor: Tensor | None, batch: int) -> Tensor | None:
@@ -283,7 +321,7 @@ def _backward_group(
 for _row in _launch.ROWS:
     _backends.register(_row.capability("windowed"))
     if _row.forward is not None and _row.backward is not None:
-        define(WINDOWED, _row.backend, _forward(_row), _backward(_row.backward))
+        define(WINDOWED, _row.backend, _forward(_row), _backward(_row))
 
 
 def _finish(grads: list[Tensor | None], tensors: tuple[Any, ...], packed: bool) -> list[Tensor | None]:

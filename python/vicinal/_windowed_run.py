@@ -116,7 +116,7 @@ def problem_key(call: Call) -> ProblemKey:
 def run(
     q: Tensor, k: Tensor, v: Tensor, qkv: Tensor | None, windows: Any, options: tuple[Any, ...], backend: Any
 ) -> tuple[Tensor, Tensor]:
-    """out and lse. qkv: the packed tensor whose views q, k and v are, or None. options: those of Call, in order."""
+    """out and lse. qkv: the packed tensor whose views q, k and v are, or None. options: as Call has them."""
     key = _signature(q, k, v, windows, options, backend)
     known = None if key is None else _settled.get(key)
     if known is not None:
@@ -140,7 +140,7 @@ _backends.on_change(_settled.clear)
 
 
 def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], backend: Any) -> Any:
-    """What decides the checks and the choice of a call that has no tensors but q, k, v and a bias; None if it has."""
+    """What decides the checks and the choice of a call with no tensors but q, k, v and a bias; else None."""
     bias, scale, a, b, c, d, e, f, g, h, activation, dropout_p = options
     if not (a is b is c is d is e is f is g is h is None and activation == "softmax" and dropout_p == 0):
         return None
@@ -150,7 +150,11 @@ def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], b
         return None
     if bias is not None and not isinstance(bias, Tensor):
         return None
-    if not isinstance(windows, (Windows, int)) or isinstance(windows, bool) or not isinstance(scale, (float, NoneType)):
+    if (
+        not isinstance(windows, (Windows, int))
+        or isinstance(windows, bool)
+        or not isinstance(scale, (float, NoneType))
+    ):
         return None
     table = None if bias is None else (bias.shape, bias.dtype, bias.device)
     tensors = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
@@ -173,8 +177,8 @@ def _run_settled(
         bias = bias.t() if bias.dim() == 2 else bias.flatten(-2).reshape(q.shape[-2], -1)
         bias = bias.to(accumulator(q.dtype)).contiguous()
     first = (q, k, v) if qkv is None else (qkv, None, None)
-    rest = (None, None, None, None, None, None, None, text, scale, mask_value, 0, "softmax", 0.0)
-    out, lse = windowed_op(backend, qkv is not None, *first, bias, *rest)
+    options = (text, scale, mask_value, 0, "softmax", 0.0)
+    out, lse = windowed_op(backend, qkv is not None, options, *first, bias, *[None] * 7)
     return out, lse
 
 
@@ -191,7 +195,7 @@ def _run_op(call: Call, backend: str, qkv: Tensor | None, seed: Tensor | None) -
     first = (call.q, call.k, call.v) if qkv is None else (qkv, None, None)
     tensors = (*first, table, q_scale, k_scale, extra_k, extra_v, _key_bias(call, acc), mask, seed)
     options = (text, scale, mask_value, edge_row, call.activation, call.dropout_p)
-    out, lse = windowed_op(backend, qkv is not None, *tensors, *options)
+    out, lse = windowed_op(backend, qkv is not None, options, *tensors)
     return out, lse
 
 
@@ -250,7 +254,8 @@ def _extras(call: Call) -> tuple[int, Tensor | None, Tensor | None]:
     """1 if pads read an edge row, and the extra rows [1 or B, E, h, d]: the edge row first, then the extra
     keys."""
     edge_row = int(call.windows.edge != "mask")
-    extra_k, extra_v = call.extra_k, call.extra_v
+    extra_k = None if call.extra_k is None else call.extra_k.to(call.q.dtype)
+    extra_v = None if call.extra_v is None else call.extra_v.to(call.q.dtype)
     if edge_row:
         extra_k = _with_edge(call.edge_k, extra_k, call.k)
         extra_v = _with_edge(call.edge_v, extra_v, call.v)

@@ -68,7 +68,7 @@ class Windows:
         object.__setattr__(self, "_hash", hash(fields))
 
     def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined,no-any-return]
+        return self._hash  # type: ignore[attr-defined]
 
     def __repr__(self) -> str:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}

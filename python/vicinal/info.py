@@ -1,5 +1,4 @@
-"""What this installation is and can do: `python -m vicinal.info`, for people and bug reports; `--json` for
-programs."""
+"""What this installation is and can do: `python -m vicinal.info` for people, with `--json` for programs."""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from vicinal import _backends
 from vicinal._version import __version__
 
 
@@ -29,6 +29,7 @@ def info() -> dict[str, Any]:
         "ptxas": bundled_ptxas(),
         "native": native(),
         "devices": devices(),
+        "backends": backends(),
     }
 
 
@@ -40,8 +41,7 @@ def installed_version(package: str) -> str | None:
 
 
 def bundled_ptxas() -> str | None:
-    """The version of the PTX assembler that Triton ships: it bounds the GPUs that Triton's kernels can
-    serve."""
+    """The version of the PTX assembler that Triton ships; it bounds the GPUs that its kernels serve."""
     try:
         package = importlib.import_module("triton.backends.nvidia")
         program = Path(str(package.__file__)).parent / "bin" / "ptxas"
@@ -58,7 +58,7 @@ def native() -> dict[str, Any] | None:
         module = importlib.import_module("vicinal._C")
     except ModuleNotFoundError:
         return None
-    return dict(module.build_info())
+    return dict(module.build_info()) | {"isa": module.isa()}
 
 
 def devices() -> list[dict[str, Any]]:
@@ -67,6 +67,26 @@ def devices() -> list[dict[str, Any]]:
         properties = torch.cuda.get_device_properties(index)
         arch = f"sm_{properties.major}{properties.minor}"
         found.append({"name": f"cuda:{index}", "model": properties.name, "arch": arch})
+    return found
+
+
+def backends() -> list[dict[str, Any]]:
+    """The capability rows; `here` says, by kind of device in this machine, "ready" or why not."""
+    present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    found = []
+    for row in _backends.rows():
+        served = [device for device in present if {device, "any"} & set(row.devices)]
+        facts = {
+            "family": row.family,
+            "backend": row.backend,
+            "devices": list(row.devices),
+            "dtypes": [str(dtype).removeprefix("torch.") for dtype in row.dtypes],
+            "max_head_dim": row.max_head_dim,
+            "min_arch": row.min_arch,
+            "missing": sorted(row.missing),
+            "here": {device: row.available(device) or "ready" for device in served},
+        }
+        found.append(facts)
     return found
 
 
@@ -82,7 +102,9 @@ def render(facts: dict[str, Any]) -> str:
     """The same facts as lines for people."""
     lines = []
     for name, value in facts.items():
-        if isinstance(value, dict):
+        if name == "backends":
+            lines += [name, *(f"  {line}" for row in value for line in backend_lines(row))]
+        elif isinstance(value, dict):
             lines += [name, *(f"  {key:<14}{words(entry)}" for key, entry in value.items())]
         elif isinstance(value, list):
             lines += [name, *(f"  {words(entry)}" for entry in value)]
@@ -90,10 +112,18 @@ def render(facts: dict[str, Any]) -> str:
             lines.append(f"{name:<16}{words(value)}")
     if facts["native"] is None:
         lines.append(
-            "No native code: the cpu and cuda backends are absent. "
-            "Install with a C++17 compiler to have them."
+            "No native code, so no cpu and cuda backends: install with a C++17 compiler to have them."
         )
     return "\n".join(lines)
+
+
+def backend_lines(row: dict[str, Any]) -> list[str]:
+    limits = [f"head_dim <= {row['max_head_dim']}"] if row["max_head_dim"] else []
+    limits += [f"GPUs from sm_{row['min_arch']}"] if row["min_arch"] else []
+    limits += [f"not {name}" for name in row["missing"]]
+    head = f"{row['family']:<14}{row['backend']:<11}{' '.join(row['dtypes'])}"
+    here = [f"  on {device}: {state}" for device, state in row["here"].items()]
+    return [", ".join([head, *limits]), *(here or [f"  no {' or '.join(row['devices'])} device here"])]
 
 
 def words(value: Any) -> str:

@@ -53,22 +53,18 @@ class WindowedAttention(nn.Module):
     of timm, so state dicts load strictly both ways.
 
     Args:
-        dim: C, channels of input and output.
-        window_size: tokens of a window, one number per axis of the grid; its length is the rank.
-        num_heads: h, dividing `dim`.
-        shift_size: cyclic shift per axis, an int for all axes; 0 <= shift < window.
-        qkv_bias: give queries, keys and values a bias (with `cosine`, queries and values).
-        qk_scale: factor of the scores, default (C / h) ** -0.5; None with `cosine`.
-        cosine: cosine attention and continuous position bias.
-        relative_bias: learn a position bias.
+        dim: C, channels of input and output. window_size: tokens of a window, one number per axis of the
+        grid; its length is the rank. num_heads: h, dividing `dim`. shift_size: cyclic shift per axis, an int
+        for all axes; 0 <= shift < window. qkv_bias: give queries, keys and values a bias (with `cosine`,
+        queries and values). qk_scale: factor of the scores, default (C / h) ** -0.5; None with `cosine`.
+        cosine: cosine attention and continuous position bias. relative_bias: learn a position bias.
         pretrained_window_size: with `cosine`, the window that normalises the offsets, default `window_size`.
-        mask_value: added between tokens that only the shift made neighbours.
-        edge: what a window that overhangs the grid sees there; "const" is zero padding before the projection.
-        pad_order, pad_side: of overhanging windows, see `Windows`.
-        attn_drop: dropout of attention weights.
-        proj_drop: dropout of the output.
-        persistent_buffers: keep the index (and coordinates) in the state dict, as the official release does;
-            timm and `False` do not. Loading accepts both.
+        mask_value: added between tokens that only the shift made neighbours. edge: what a window that
+        overhangs the grid sees there; "const" is zero padding before the projection. pad_order, pad_side: of
+        overhanging windows, see `Windows`. attn_drop: dropout of attention weights. proj_drop: dropout of the
+        output. persistent_buffers: keep the index (and coordinates) in the state dict, as the official
+        release does; timm and
+            `False` do not. Loading accepts both.
         backend: None for the fastest that can run, or its name.
 
     Example:

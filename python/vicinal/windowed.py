@@ -74,7 +74,7 @@ def windowed_attention(
             are 0.
         dropout_p: probability that a weight is dropped, 0 <= dropout_p < 1; the others are scaled by 1 / (1 -
             dropout_p).
-        return_lse: also return lse. Differentiable.
+        return_lse: also return lse, under activation "softmax" only. Differentiable.
         backend: "cuda", "triton", "cpu" or "reference". Default None: the fastest that can.
 
     Returns:
@@ -95,6 +95,7 @@ def windowed_attention(
     """
     options = (bias, scale, logit_scale, edge_k, edge_v, extra_k, extra_v, extra_bias)
     more = (key_padding_mask, attn_mask, activation, dropout_p)
+    check.check_lse(return_lse, activation)
     out, lse = run(q, k, v, None, windows, (*options, *more), backend)
     return (out, lse) if return_lse else out
 
@@ -137,6 +138,7 @@ def windowed_attention_qkvpacked(
     if torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     q, k, v = qkv.unbind(-3)
+    check.check_lse(return_lse, activation)
     out, lse = run(q, k, v, qkv, windows, (*options, *more), backend)
     return (out, lse) if return_lse else out
 

@@ -54,8 +54,7 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
 
     Returns:
         A report: print it for a table of what each module became, and of each module that looks like
-            attention and was
-        left alone, with the reason.
+        attention and was left alone, with the reason.
 
     Raises:
         ValueError: `families` names something that is no family.
@@ -70,28 +69,24 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
     if unknown:
         raise ValueError(f"families names {unknown}, it may name {list(FAMILIES)}")
     by_original = {adapter.original: adapter for adapter in _adapters()}
-    by_accelerated = {adapter.accelerated: adapter for adapter in _adapters()}
+    accelerated = {adapter.accelerated for adapter in _adapters()}
     rows: list[Row] = []
-    covered: set[nn.Module] = set()
+    inside: set[nn.Module] = set()  # parts of modules that have their row
     for name, module in model.named_modules():
-        if module in covered:
+        if module in inside:
             continue
         cls = type(module)
         adapter = by_original.get(cls)
-        if adapter is None:
-            reason = (
-                "it is accelerated already" if cls in by_accelerated else _unknown(module, tuple(by_original))
-            )
-            if cls in by_accelerated:
-                covered.update(module.modules())
-        else:
-            covered.update(module.modules())
-            reason = _refusal(adapter, module, asked)
-        if adapter is not None and reason is None:
-            rows.append(Row(name, cls, adapter.accelerated, adapter.what))
-            if not dry_run:
+        if adapter is not None:
+            inside.update(module.modules())
+            refusal = _refusal(adapter, module, asked)
+            rows.append(Row(name, cls, None if refusal else adapter.accelerated, refusal or adapter.what))
+            if not refusal and not dry_run:
                 module.__class__ = adapter.accelerated
-        elif reason is not None:
+        elif cls in accelerated:
+            inside.update(module.modules())
+            rows.append(Row(name, cls, None, "it is accelerated already"))
+        elif reason := _unknown(module, tuple(by_original)):
             rows.append(Row(name, cls, None, reason))
     return Report(tuple(rows))
 

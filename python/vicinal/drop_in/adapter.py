@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 
-def _nothing_against(module: nn.Module) -> str | None:
+def _nothing_against(module: Any) -> str | None:
     return None
 
 
@@ -23,13 +24,12 @@ class Adapter:
     original: type[nn.Module]
     accelerated: type[nn.Module]
     what: str
-    reason_against: Callable[[nn.Module], str | None] = _nothing_against
+    reason_against: Callable[[Any], str | None] = _nothing_against
 
 
 @dataclass(frozen=True)
 class Row:
-    """One module of the walk: its name in the model, its class, the class it got (None: left alone), and
-    why."""
+    """One module of the walk: its name, its class, the class it got (None: left alone), and why."""
 
     name: str
     module: type[nn.Module]

@@ -18,32 +18,29 @@ class FusedCSWinBlock(CSWinBlock):
 
     def attention(self, x: Tensor) -> Tensor:
         """Attention in stripes plus LePE, projected: [B, H, W, C] -> [B, H, W, C]."""
-        attns: list[Any] = list(self.attns)
-        heads = sum(attn.num_heads for attn in attns)
+        branches: list[Any] = list(self.attns)
+        heads = sum(branch.num_heads for branch in branches)
         q, k, v = self.qkv(x).unflatten(-1, (3, heads, -1)).unbind(-3)
-        out = windowed_attention(q, k, v, self.stripes(), scale=attns[0].scale)
+        out = windowed_attention(q, k, v, _stripes(branches), scale=branches[0].scale)
         assert isinstance(out, Tensor)
-        shares = v.flatten(-2).chunk(len(attns), dim=-1)
-        lepe = [_lepe(attn, share) for attn, share in zip(attns, shares)]
+        shares = v.flatten(-2).chunk(len(branches), dim=-1)
+        lepe = [_lepe(branch, share) for branch, share in zip(branches, shares)]
         return self.proj(out.flatten(-2) + torch.cat(lepe, dim=-1))
 
-    def stripes(self) -> Windows:
-        """Vertical stripes for the first half of the heads, horizontal ones for the second; or the whole
-        map."""
-        attns: list[Any] = list(self.attns)
-        shapes = {0: (-1, attns[0].split_size), 1: (attns[0].split_size, -1), -1: (-1, -1)}
-        groups = tuple((attn.num_heads, shapes[attn.axis]) for attn in attns)
-        if len(groups) == 1:
-            return Windows(groups[0][1], edge="zero", pad_side="center")
-        return Windows(None, edge="zero", pad_side="center", head_groups=groups)
+
+def _stripes(branches: list[Any]) -> Windows:
+    """Vertical stripes for the first half of the heads, horizontal ones for the second; or the whole map."""
+    sw = branches[0].split_size
+    shapes = {0: (-1, sw), 1: (sw, -1), -1: (-1, -1)}
+    groups = tuple((branch.num_heads, shapes[branch.axis]) for branch in branches)
+    return Windows(None, edge="zero", pad_side="center", head_groups=groups)
 
 
 def _lepe(attn: LePEAttention, v: Tensor) -> Tensor:
     """The depth-wise convolution of the values inside each stripe: [B, H, W, C] -> [B, H, W, C].
 
     Tried on two CPU cores at the sizes of CSWin-T: the same with channels first takes 1.2 to 2.5 times as
-    long, a conv3d on a view 2 to 8 times in the backward, sums of shifted products up to 4 times.
-    """
+    long, a conv3d on a view 2 to 8 times in the backward, sums of shifted products up to 4 times."""
     _, H, W, _ = v.shape
     height, width = attn.stripe(H, W)
     pad_y, pad_x = -H % height, -W % width

@@ -1,5 +1,4 @@
-"""Window attention of Swin-like modules that share the names of their parameters (official, timm,
-vicinal)."""
+"""Window attention of modules with the names of Swin's parameters (official, timm, vicinal)."""
 
 from __future__ import annotations
 
@@ -13,9 +12,8 @@ from vicinal.nn import packed_windowed_attention
 from vicinal.windowed import RelativeBias, Windows
 
 
-def changed_parts(attn: nn.Module, original: type[nn.Module], linears: tuple[str, ...]) -> str | None:
-    """Why an attention module is not what its library builds: another class, or a wrapped projection (LoRA,
-    int8)."""
+def changed_parts(attn: Any, original: type[nn.Module], linears: tuple[str, ...]) -> str | None:
+    """Why an attention module is not what its library builds: another class, a wrapped projection (LoRA)."""
     if type(attn) is not original:
         return f"its attention is a {type(attn).__qualname__}, not a {original.__qualname__}"
     for name in linears:
@@ -40,8 +38,7 @@ def attend_v1(attn: Any, x: Tensor, windows: Windows, dropout_p: float = 0.0) ->
 
 
 def attend_v2(attn: Any, x: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
-    """proj(softmax(tau cos(q, k) + 16 sigmoid(cpb_mlp)) v); `attn` holds qkv, q_bias, v_bias, cpb_mlp and so
-    on."""
+    """proj(softmax(tau cos(q, k) + 16 sigmoid(cpb_mlp)) v); `attn` holds qkv, q_bias, v_bias, cpb_mlp, ..."""
     bias = None
     if attn.q_bias is not None:
         bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])

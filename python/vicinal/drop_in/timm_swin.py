@@ -1,8 +1,7 @@
 """Swin, versions 1 and 2, of timm.
 
 timm rolls a map before it pads it (`pad_order="roll_pad"`); at sizes that the window divides there is no
-difference.
-"""
+difference."""
 
 from __future__ import annotations
 

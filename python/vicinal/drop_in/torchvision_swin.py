@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from vicinal.drop_in.adapter import Adapter
@@ -56,7 +56,7 @@ class FusedShiftedWindowAttentionV2(ShiftedWindowAttentionV2):
         return _attend(self, x, bias, table, self.logit_scale)
 
 
-def _reason_against(attn: nn.Module) -> str | None:
+def _reason_against(attn: Any) -> str | None:
     return changed_parts(attn, type(attn), ("qkv", "proj"))
 
 

@@ -16,19 +16,19 @@ class FusedSwinLayer(modeling_swin.SwinLayer):
     """The layer of transformers with window attention in place on the map.
 
     Attention weights exist only where the original layer computes them: with `output_attentions` it runs as
-    it was.
-    """
+    it was."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         input_dimensions: tuple[int, int],
         always_partition: bool = False,
         **kwargs: Any,
-    ) -> Any:
+    ) -> tuple[Tensor, Tensor | None]:
         """[B, H * W, C] and (H, W) -> ([B, H * W, C], None)"""
         if kwargs.get("output_attentions", self.attention.config.output_attentions):
-            return super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
+            outputs: Any = super().forward(hidden_states, input_dimensions, always_partition, **kwargs)
+            return outputs
         if not always_partition:
             self.set_shift_and_window_size(input_dimensions)
         x = self.layernorm_before(hidden_states).unflatten(1, input_dimensions)

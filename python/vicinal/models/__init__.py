@@ -1,5 +1,4 @@
-"""Reference models in plain PyTorch, written from the papers' formulas; see `vicinal.accelerate` for the fast
-ones."""
+"""Reference models in plain PyTorch, from the papers' formulas; `vicinal.accelerate` makes them fast."""
 
 from vicinal.models.configs import (
     cswin_base,

@@ -45,8 +45,7 @@ def swin_base(**changes: Any) -> SwinConfig:
 
 
 def swin_test(**changes: Any) -> SwinConfig:
-    """56 pixels, 32 channels, two stages of two blocks, window 7: every code path of version 1 in
-    milliseconds."""
+    """56 pixels, 32 channels, two stages of two blocks, window 7."""
     small = SwinConfig(image_size=56, num_classes=10, embed_dim=32, depths=(2, 2), num_heads=(2, 4))
     return replace(small, **changes)
 

@@ -7,8 +7,7 @@ the official release.
 
 Sizes: any height and width. Where the stripes do not divide the map, the queries, keys and values (not the
 input) are padded with zeros on both sides, the smaller half first; padded keys take part in the attention
-with logit 0.
-"""
+with logit 0."""
 
 from __future__ import annotations
 
@@ -53,12 +52,10 @@ def stripe_reverse(x: Tensor, H: int, W: int) -> Tensor:
 
 
 class LePEAttention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v + conv(v) inside each stripe; q, k, v stacked [3, B, H, W, C] -> [B, H, W,
-    C].
+    """softmax(q k^T / sqrt(d)) v + conv(v) inside each stripe; q, k, v as [3, B, H, W, C] -> [B, H, W, C].
 
     `axis` 0: stripes of the whole height and `split_size` columns; 1: of `split_size` rows and the whole
-    width; -1: the whole map.
-    """
+    width; -1: the whole map."""
 
     def __init__(self, dim: int, axis: int, split_size: int, num_heads: int) -> None:
         super().__init__()

@@ -13,8 +13,7 @@ Sizes: any height and width. Images are padded with zeros at the bottom and righ
 the token map is padded the same way to a multiple of the window after the first normalisation and before the
 roll, so a padded token is a zero input whose key and value are the bias of the projection, and it takes part
 in the attention. An odd map is padded by one row or column before patch merging. Along an axis that holds one
-window nothing is shifted.
-"""
+window nothing is shifted."""
 
 from __future__ import annotations
 
@@ -129,8 +128,7 @@ class WindowAttention(nn.Module):
 
 
 def relative_coords_table(window: int, pretrained_window: int) -> Tensor:
-    """[1, 2w-1, 2w-1, 2] log-spaced offsets (dy, dx) in about [-1, 1]: sign(c) log2(1 + |c|) / 3, c = 8
-    offset / (w - 1)."""
+    """[1, 2w-1, 2w-1, 2] offsets (dy, dx) as sign(c) log2(1 + |c|) / 3 with c = 8 offset / (w - 1)."""
     largest = max((pretrained_window or window) - 1, 1)
     c = 8.0 * torch.arange(1 - window, window, dtype=torch.float32) / largest
     c = c.sign() * torch.log2(1 + c.abs()) / 3
@@ -276,8 +274,7 @@ class SwinTransformerBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Join 2 x 2 neighbours and halve the channels they make; [B, H, W, C] -> [B, ceil(H/2), ceil(W/2),
-    2C]."""
+    """Join 2 x 2 neighbours to 2C channels; [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), 2C]."""
 
     def __init__(self, dim: int, version: int = 1) -> None:
         super().__init__()

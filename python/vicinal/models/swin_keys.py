@@ -2,8 +2,7 @@
 
 timm, torchvision and transformers hold the same tensors under other names; versions 1 and 2 are recognised.
 The index, coordinate and mask buffers that the official release stores follow from the sizes and are taken
-from the model.
-"""
+from the model."""
 
 from __future__ import annotations
 
@@ -35,12 +34,12 @@ _HUGGINGFACE = [
 
 
 def official_state_dict(state_dict: Mapping[str, Tensor], model: SwinTransformer) -> dict[str, Tensor]:
-    """Translate a Swin state dict to the official names, complete and in the order of `model.state_dict()`.
+    """Translate a Swin state dict to the official names, in the order of `model.state_dict()`.
 
     Args:
         state_dict: from the official release, timm, torchvision or transformers
-            (`SwinForImageClassification`).
-        model: a model of the same sizes; only its names and its buffers are read.
+        (`SwinForImageClassification`). model: a model of the same sizes; only its names and its buffers are
+        read.
 
     Returns:
         A dict that `model.load_state_dict(..., strict=True)` accepts.
@@ -72,8 +71,7 @@ def _rename(key: str, value: Tensor) -> tuple[str, Tensor]:
 
 
 def _from_torchvision(key: str) -> str:
-    """features.0 is the embedding, features.2i+1 the blocks of stage i, features.2i+2 the merging after
-    it."""
+    """features.0 is the embedding, 2i+1 the blocks of stage i, 2i+2 the merging after it."""
     _, index, rest = key.split(".", 2)
     if index == "0":
         return re.sub(r"^2\.", "patch_embed.norm.", re.sub(r"^0\.", "patch_embed.proj.", rest))
@@ -85,8 +83,7 @@ def _from_torchvision(key: str) -> str:
 
 
 def _join_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pack separate q, k, v; split a packed bias where version 2 wants q and v; move timm's merging to its
-    stage."""
+    """Pack separate q, k, v; split a packed bias where version 2 wants two; move timm's merging."""
     state = _move_merging(state)
     out: dict[str, Tensor] = {}
     for key, value in state.items():

@@ -1,0 +1,338 @@
+// What the forward and the backward pass share: the slots of a plan row, packed keys and queries, and a block
+// of scores.
+//
+// A block holds the scores of all keys of a row against up to kBlockQueries queries as S[key][query], so that
+// the lanes of a vector are queries and the softmax needs no horizontal step. 1-3 queries that would fill a
+// vector badly (49 = 3 * 16 + 1) are "tails": their scores come from dot products with lanes = head
+// dimension.
+#pragma once
+#include "gemm.h"
+#include "memory.h"
+#include "pattern.h"
+
+namespace vicinal::VICINAL_ISA {
+
+constexpr double kLog2E = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+// Query slots and key slots of one plan row, extra keys included.
+template <class T>
+struct Slots {
+  int64_t b = -1, row = -1;
+  int32_t nq, nk, box;  // box: key slots without the extra keys
+  bool regions, key_terms;
+  int32_t *q_token, *q_code, *k_code;
+  int32_t* k_source;  // token; kExcluded; or kExtra - e for extra row e
+  T *q_region, *k_region, *k_term;
+
+  static constexpr int32_t kExcluded = -1, kExtra = -2;
+
+  void carve(cpu::Arena& arena, int64_t q_most, int64_t k_most) {
+    q_token = arena.take<int32_t>(q_most), q_code = arena.take<int32_t>(q_most);
+    k_source = arena.take<int32_t>(k_most), k_code = arena.take<int32_t>(k_most);
+    q_region = arena.take<T>(q_most), k_region = arena.take<T>(k_most), k_term = arena.take<T>(k_most);
+  }
+  void set(const Attend& a, int64_t batch, int64_t index);
+};
+
+template <class Visit>
+inline int32_t visit_box(const AxisEntry* axes, const int32_t begin[3], const int32_t extent[3],
+                         Visit visit) {
+  int32_t slot = 0;
+  for (int32_t r0 = 0; r0 < extent[0]; ++r0) {
+    const AxisEntry& a = axes[begin[0] + r0];
+    for (int32_t r1 = 0; r1 < extent[1]; ++r1) {
+      const AxisEntry& b = axes[begin[1] + r1];
+      for (int32_t r2 = 0; r2 < extent[2]; ++r2, ++slot) {
+        const AxisEntry& c = axes[begin[2] + r2];
+        visit(slot, a.token + b.token + c.token, a.region + b.region + c.region, a.code + b.code + c.code);
+      }
+    }
+  }
+  return slot;
+}
+
+template <class T>
+void Slots<T>::set(const Attend& a, int64_t batch, int64_t index) {
+  if (b == batch && row == index) return;
+  b = batch, row = index;
+  const PlanRow& r = a.plan.rows[index];
+  const T unit = a.activation == kSoftmax ? T(kLog2E) : T(1), infinite = T(__builtin_inf());
+  const T* key_bias = a.key_bias ? static_cast<const T*>(a.key_bias) + batch * a.n_k : nullptr;
+  nq = visit_box(a.plan.axes, r.q_begin, r.q_extent,
+                 [&](int32_t i, int32_t token, int32_t region, int32_t code) {
+                   q_token[i] = token, q_code[i] = code, q_region[i] = T(region);
+                 });
+  bool terms = key_bias != nullptr;
+  box = visit_box(a.plan.axes, r.k_begin, r.k_extent,
+                  [&](int32_t j, int32_t token, int32_t region, int32_t code) {
+                    k_code[j] = code, k_region[j] = T(region), k_source[j] = token, k_term[j] = 0;
+                    if (token < 0) {
+                      k_source[j] = a.edge_row ? kExtra : kExcluded;
+                      k_term[j] = a.edge_row ? T(0) : -infinite;
+                      terms = terms || !a.edge_row;
+                    } else if (key_bias) {
+                      k_term[j] = key_bias[token] * unit;
+                      if (k_term[j] == -infinite) k_source[j] = kExcluded;
+                    }
+                  });
+  nk = box + a.n_extra - a.edge_row;
+  for (int32_t j = box; j < nk; ++j)
+    k_source[j] = kExtra - (a.edge_row + j - box), k_code[j] = 0, k_term[j] = 0;
+  regions = (r.flags & kRowRegions) != 0;
+  key_terms = terms;
+}
+
+// kBlockQueries queries at a time: their scores against 256 keys fit the second-level cache.
+constexpr int kBlockQueries = 64;
+
+template <class T>
+constexpr int kMostTails = kLanes<T> / 5;
+
+template <class S, class T>
+struct Block {
+  static constexpr int kN = kLanes<T>;
+
+  const Attend& a;
+  const int32_t D, Dv, Dp, Dvp;  // the head dimensions, and rounded up to whole vectors
+  int64_t k_most, q_most;        // slots, rounded up to whole vectors
+  T unit;                        // scores are kept in units of log 2 for the softmax
+  Slots<T> slots[2];
+  Slots<T>* now = &slots[0];   // the row at work
+  Slots<T>* next = &slots[1];  // the row after it, whose tokens are prefetched
+  const S* zeros;
+  T *k, *v;   // packed keys [k_most][Dp] (times k_scale), values [k_most][Dvp]
+  T* q;       // Q^T [D][kBlockQueries], times scale
+  T* q_rows;  // the same queries as rows [kBlockQueries][Dp]; only the tails' unless all rows are wanted
+  T* s;       // scores [k_most][kBlockQueries]
+  T* mask;    // mask of a block, laid out like s
+  T* column;  // k_most elements
+  T* bias;    // expanded bias [group heads][k_most][q_most]
+  int32_t *bias_q_code, *bias_k_code;  // what it was expanded for
+  int32_t bias_nq, bias_nk, bias_heads_begin, bias_heads_end;
+  // The block at work.
+  int32_t q0, n, vectors,
+      tails;  // queries q0 .. q0 + n - 1 are `vectors` vectors and then `tails` single ones
+
+  explicit Block(const Attend& attend)
+      : a(attend),
+        D(attend.head_dim),
+        Dv(attend.head_dim_v),
+        Dp(round_up(attend.head_dim, kN)),
+        Dvp(round_up(attend.head_dim_v, kN)),
+        k_most(round_up(attend.plan.k_slots + attend.n_extra - attend.edge_row, kN)),
+        q_most(round_up(attend.plan.q_slots, kN)),
+        unit(attend.activation == kSoftmax ? T(kLog2E) : T(1)) {}
+
+  int64_t bias_stride() const { return k_most * q_most; }  // elements per head
+
+  void carve(cpu::Arena& arena, int32_t group_heads) {
+    for (Slots<T>& x : slots) x.carve(arena, q_most, k_most);
+    const int32_t widest = D > Dv ? D : Dv;
+    zeros = arena.take<S>(widest);
+    k = arena.take<T>(k_most * Dp), v = arena.take<T>(k_most * Dvp);
+    q = arena.take<T>(int64_t(D) * kBlockQueries), q_rows = arena.take<T>(int64_t(kBlockQueries) * Dp);
+    s = arena.take<T>(k_most * kBlockQueries), column = arena.take<T>(k_most);
+    mask = a.mask ? arena.take<T>(k_most * kBlockQueries) : nullptr;
+    bias = a.bias ? arena.take<T>(bias_stride() * group_heads) : nullptr;
+    bias_q_code = arena.take<int32_t>(q_most), bias_k_code = arena.take<int32_t>(k_most);
+    bias_heads_begin = bias_heads_end = -1;
+  }
+  void clear_zeros() {  // after carve, when the memory is there
+    const int32_t widest = D > Dv ? D : Dv;
+    for (int32_t d = 0; d < widest; ++d) const_cast<S*>(zeros)[d] = S{};
+  }
+
+  // Makes `item` the row at work and the one after it, if it is before `end`, the next one.
+  void advance(int64_t item, int64_t end) {
+    Slots<T>* t = now;
+    now = next, next = t;
+    now->set(a, item / a.plan.n_rows, item % a.plan.n_rows);
+    if (item + 1 < end) {
+      next->set(a, (item + 1) / a.plan.n_rows, (item + 1) % a.plan.n_rows);
+    } else {
+      next->b = -1;
+    }
+  }
+
+  // The expanded bias of heads h0 .. h1 - 1 for the slots of `now`, in units of the scores. False if it was
+  // there.
+  bool bias_is_current(int32_t h0, int32_t h1) const {
+    return bias_heads_begin == h0 && bias_heads_end == h1 && bias_nq == now->nq && bias_nk == now->nk &&
+           !__builtin_memcmp(bias_q_code, now->q_code, sizeof(int32_t) * now->nq) &&
+           !__builtin_memcmp(bias_k_code, now->k_code, sizeof(int32_t) * now->nk);
+  }
+  int64_t bias_at(int32_t i, int32_t j) const {  // in the table of a head
+    return j < now->box ? bias_index(now->q_code[i], now->k_code[j]) : a.bias_size - (now->nk - j);
+  }
+  void expand_bias(int32_t h0, int32_t h1) {
+    bias_heads_begin = h0, bias_heads_end = h1, bias_nq = now->nq, bias_nk = now->nk;
+    __builtin_memcpy(bias_q_code, now->q_code, sizeof(int32_t) * now->nq);
+    __builtin_memcpy(bias_k_code, now->k_code, sizeof(int32_t) * now->nk);
+    for (int32_t h = h0; h < h1; ++h) {
+      const T* table = static_cast<const T*>(a.bias) + h * a.bias_size;
+      for (int32_t j = 0; j < now->nk; ++j) {
+        T* to = bias + (h - h0) * bias_stride() + j * q_most;
+        for (int32_t i = 0; i < now->nq; ++i) to[i] = table[bias_at(i, j)] * unit;
+        for (int32_t i = now->nq; i < q_most; ++i) to[i] = 0;
+      }
+    }
+  }
+  const T* bias_of(int32_t h) const { return bias ? bias + (h - bias_heads_begin) * bias_stride() : nullptr; }
+
+  const S* key_row(const Slots<T>& x, const Rows& t, const Rows& extra, int32_t h, int32_t j) const {
+    const int32_t source = x.k_source[j];
+    if (source >= 0) return row_of<S>(t, x.b, source, h);
+    return source == Slots<T>::kExcluded ? zeros : row_of<S>(extra, x.b, Slots<T>::kExtra - source, h);
+  }
+  const S* query_row(const Slots<T>& x, const Rows& t, int32_t h, int32_t i) const {
+    return x.q_token[i] < 0 ? zeros : row_of<S>(t, x.b, x.q_token[i], h);
+  }
+  static void prefetch(const S* row, int32_t d) {
+    const char* p = reinterpret_cast<const char*>(row);
+    for (int64_t at = 0; at < int64_t(d) * int64_t(sizeof(S)); at += 64) __builtin_prefetch(p + at, 0, 2);
+  }
+  static void pack_row(const S* from, int32_t d, T factor, T* to) {
+    int32_t at = 0;
+    for (; at + kN <= d; at += kN) store(to + at, load_as(from + at) * factor);
+    if (at < d) store(to + at, load_part<T>(from + at, d - at) * factor);
+  }
+  void pack_keys(int32_t h) {
+    const T* scales =
+        a.k_scale ? static_cast<const T*>(a.k_scale) + now->b * a.n_k * a.scale_stride_n + h : nullptr;
+    const bool ahead = next->b >= 0;
+    for (int32_t j = 0; j < now->nk; ++j) {
+      const int32_t source = now->k_source[j];
+      const T factor = scales && source >= 0 ? scales[source * a.scale_stride_n] : T(1);
+      pack_row(key_row(*now, a.k, a.extra_k, h, j), D, factor, k + int64_t(j) * Dp);
+      pack_row(key_row(*now, a.v, a.extra_v, h, j), Dv, T(1), v + int64_t(j) * Dvp);
+      if (ahead && j < next->nk) {
+        prefetch(key_row(*next, a.k, a.extra_k, h, j), D);
+        prefetch(key_row(*next, a.v, a.extra_v, h, j), Dv);
+      }
+    }
+  }
+
+  // Queries from `begin` on, a block of at most kBlockQueries.
+  void set_block(int32_t begin, int32_t count) {
+    q0 = begin, n = count;
+    const int32_t rest = n % kN;
+    tails = n > kN && rest <= kMostTails<T> ? rest : 0;
+    vectors = (n - tails + kN - 1) / kN;
+  }
+  int32_t column_of_tail(int32_t t) const { return vectors * kN + t; }
+
+  // rows [n][d] of t -> columns [d][kBlockQueries], and rows [n][dp]: those of the tails, or all of them.
+  // Row i is multiplied by factor_i = factor * (scales ? scales[token * stride] : 1), its columns by
+  // column_factor too.
+  void pack_queries(const Rows& t, int32_t h, int32_t d, int32_t dp, T factor, const T* scales,
+                    T column_factor, T* columns, T* rows, bool all_rows) const {
+    for (int32_t i0 = 0; i0 < vectors * kN; i0 += kN) {
+      const S* from[kN];
+      T f[kN];
+      for (int32_t u = 0; u < kN; ++u) {
+        const int32_t i = i0 + u < n ? q0 + i0 + u : -1;
+        from[u] = i < 0 ? zeros : query_row(*now, t, h, i);
+        f[u] = factor;
+        if (scales && i >= 0 && now->q_token[i] >= 0) f[u] *= scales[now->q_token[i] * a.scale_stride_n];
+      }
+      for (int32_t d0 = 0; d0 < d; d0 += kN) {
+        Vec<T> r[kN];
+        const int32_t wide = d - d0 < kN ? d - d0 : kN;
+#pragma GCC unroll 16
+        for (int32_t u = 0; u < kN; ++u) {
+          r[u] = (wide == kN ? load_as(from[u] + d0) : load_part<T>(from[u] + d0, wide)) * f[u];
+          if (all_rows) store(rows + int64_t(i0 + u) * dp + d0, r[u]);
+          r[u] *= column_factor;
+        }
+        transpose<T>(r);
+#pragma GCC unroll 16
+        for (int32_t u = 0; u < kN; ++u) {
+          if (u < wide) store(columns + int64_t(d0 + u) * kBlockQueries + i0, r[u]);
+        }
+      }
+    }
+    for (int32_t u = 0; u < tails; ++u) {
+      const int32_t i = q0 + column_of_tail(u), token = now->q_token[i];
+      const T f = scales && token >= 0 ? factor * scales[token * a.scale_stride_n] : factor;
+      pack_row(query_row(*now, t, h, i), d, all_rows ? f : f * column_factor,
+               rows + int64_t(column_of_tail(u)) * dp);
+    }
+  }
+  const T* q_scales(int32_t h) const {
+    return a.q_scale ? static_cast<const T*>(a.q_scale) + now->b * a.n_q * a.scale_stride_n + h : nullptr;
+  }
+  void prefetch_queries(const Rows& t, int32_t h, int32_t d) const {
+    if (next->b < 0) return;
+    for (int32_t i = q0; i < q0 + n && i < next->nq; ++i) prefetch(query_row(*next, t, h, i), d);
+  }
+
+  // out[j * kBlockQueries] = factor * (mat_j . x) for the keys j: a column of a block.
+  void dots(const T* mat, int32_t dp, const T* x, T factor, T* out) const {
+    for (int32_t j0 = 0; j0 < now->nk; j0 += kN) {
+      Vec<T> r[kN] = {};
+      for (int32_t d = 0; d < dp; d += kN) {
+        const Vec<T> xv = load(x + d);
+#pragma GCC unroll 16
+        for (int32_t u = 0; u < kN; ++u) r[u] += load(mat + int64_t(j0 + u) * dp + d) * xv;
+      }
+      const Vec<T> sums = sum_each<T>(r) * factor;
+      for (int32_t u = 0; u < kN && j0 + u < now->nk; ++u) out[int64_t(j0 + u) * kBlockQueries] = sums[u];
+    }
+  }
+
+  // S of the block, complete with every term: after pack_queries into q and q_rows.
+  void scores(int32_t h, T tail_factor) {
+    const T* init = bias ? bias_of(h) + q0 : nullptr;
+    gemm_rows(Gemm<T>{k, Dp, q, kBlockQueries, init, q_most, s, kBlockQueries}, now->nk, D, vectors);
+    for (int32_t u = 0; u < tails; ++u) {
+      const int32_t c = column_of_tail(u);
+      dots(k, Dp, q_rows + int64_t(c) * Dp, tail_factor, s + c);
+      for (int32_t j = 0; init && j < now->nk; ++j) s[int64_t(j) * kBlockQueries + c] += init[j * q_most + c];
+    }
+    if (now->regions || now->key_terms || a.mask) add_terms(h);
+  }
+  // The terms that few rows have: per key, mask, region.
+  void add_terms(int32_t h) {
+    const T across = a.activation == kSoftmax ? T(a.mask_value) * unit : -T(__builtin_inf());
+    const int32_t wide = (vectors + (tails > 0)) * kN;
+    if (mask) pack_mask(h, wide);
+    T region[kBlockQueries];
+    for (int32_t c = 0; c < wide; ++c) region[c] = c < n ? now->q_region[q0 + c] : T(0);
+    for (int32_t j = 0; j < now->nk; ++j) {
+      T* row = s + int64_t(j) * kBlockQueries;
+      const bool in_box = j < now->box, masked = mask && in_box, crossing = now->regions && in_box;
+      for (int32_t c = 0; c < wide; c += kN) {
+        Vec<T> x = load(row + c) + now->k_term[j];
+        if (masked) x += load(mask + int64_t(j) * kBlockQueries + c);
+        if (crossing) x += load(region + c) != splat(now->k_region[j]) ? splat(across) : Vec<T>{};
+        store(row + c, x);
+      }
+    }
+  }
+  void pack_mask(int32_t h, int32_t wide) {
+    const int64_t w = (now->b * a.plan.n_rows + now->row) % a.mask_count;
+    const T* from = static_cast<const T*>(a.mask) + w * a.mask_stride_w + h * a.mask_stride_h;
+    for (int32_t j = 0; j < now->box; ++j) {
+      T* to = mask + int64_t(j) * kBlockQueries;
+      for (int32_t c = 0; c < wide; ++c)
+        to[c] = c < n ? from[int64_t(q0 + c) * a.plan.k_slots + j] * unit : T(0);
+    }
+  }
+
+  // Multiplies x (laid out like s) by keep / (1 - p).
+  void drop(int32_t h, T* x) const {
+    const uint32_t limit = dropout_threshold(a.dropout_p);
+    const T kept = T(1 / (1 - a.dropout_p));
+    const uint32_t bh = static_cast<uint32_t>(now->b * a.head_total + a.head_offset + h);
+    const uint64_t seed = static_cast<uint64_t>(*a.seed);
+    for (int32_t j = 0; j < now->nk; j += 4) {
+      for (int32_t c = 0; c < n; ++c) {
+        const Philox4 w = dropout_words(seed, static_cast<uint32_t>(j / 4), now->q_token[q0 + c], bh);
+        for (int32_t u = 0; u < 4 && j + u < now->nk; ++u)
+          x[int64_t(j + u) * kBlockQueries + c] *= w.x[u] >= limit ? kept : T(0);
+      }
+    }
+  }
+};
+
+}  // namespace vicinal::VICINAL_ISA

@@ -1,0 +1,99 @@
+// Register tiles of kTileRows(vectors) x vectors accumulators.
+#include "gemm.h"
+
+namespace vicinal::VICINAL_ISA {
+namespace {
+
+// Rows that leave registers for the vectors of B and a broadcast.
+constexpr int tile_rows(int vectors) {
+#if defined(__AVX512F__)
+  return vectors == 1 ? 12 : 24 / vectors;
+#elif defined(__AVX2__)
+  return vectors == 1 ? 8 : 12 / vectors;
+#else
+  return vectors == 1 ? 6 : 4;
+#endif
+}
+
+template <class T, int kVectors, int kRows, bool kColumns>
+void tile(const Gemm<T>& g, int i0, int v0, int n) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> acc[kRows][kVectors];
+  const T* init = g.init ? g.init + i0 * g.init_stride + v0 * lanes : nullptr;
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      acc[i][v] = init ? load(init + i * g.init_stride + v * lanes) : Vec<T>{};
+  }
+  const T* b = g.b + v0 * lanes;
+  const T* a = kColumns ? g.a + i0 : g.a + i0 * g.a_stride;
+  for (int t = 0; t < n; ++t) {
+    Vec<T> bv[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) bv[v] = load(b + v * lanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      const T x = kColumns ? a[i] : a[i * g.a_stride];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[i][v] += bv[v] * x;
+    }
+    b += g.b_stride;
+    a += kColumns ? g.a_stride : 1;
+  }
+  T* c = g.c + i0 * g.c_stride + v0 * lanes;
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(c + i * g.c_stride + v * lanes, acc[i][v]);
+  }
+}
+
+template <class T, int kVectors, bool kColumns, int... kRows>
+void strip(const Gemm<T>& g, int m, int v0, int n, std::integer_sequence<int, kRows...>) {
+  using Tile = void (*)(const Gemm<T>&, int, int, int);
+  static constexpr Tile tiles[] = {&tile<T, kVectors, kRows + 1, kColumns>...};
+  constexpr int most = sizeof...(kRows);
+  const int count = (m + most - 1) / most;
+  for (int u = 0, i0 = 0; u < count; ++u) {  // as even as possible
+    const int rows = (m - i0) / (count - u);
+    tiles[rows - 1](g, i0, v0, n);
+    i0 += rows;
+  }
+}
+
+template <class T, bool kColumns, int kVectors = kTileVectors>
+void strip_of(int vectors, const Gemm<T>& g, int m, int v0, int n) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors) return strip_of<T, kColumns, kVectors - 1>(vectors, g, m, v0, n);
+  }
+  strip<T, kVectors, kColumns>(g, m, v0, n, std::make_integer_sequence<int, tile_rows(kVectors)>());
+}
+
+template <class T, bool kColumns>
+void gemm(const Gemm<T>& g, int m, int n, int vectors) {
+  const int count = (vectors + kTileVectors - 1) / kTileVectors;
+  for (int u = 0, v0 = 0; u < count; ++u) {
+    const int wide = (vectors - v0) / (count - u);
+    strip_of<T, kColumns>(wide, g, m, v0, n);
+    v0 += wide;
+  }
+}
+
+}  // namespace
+
+template <class T>
+void gemm_rows(const Gemm<T>& g, int m, int n, int vectors) {
+  gemm<T, false>(g, m, n, vectors);
+}
+template <class T>
+void gemm_columns(const Gemm<T>& g, int m, int n, int vectors) {
+  gemm<T, true>(g, m, n, vectors);
+}
+
+template void gemm_rows<float>(const Gemm<float>&, int, int, int);
+template void gemm_rows<double>(const Gemm<double>&, int, int, int);
+template void gemm_columns<float>(const Gemm<float>&, int, int, int);
+template void gemm_columns<double>(const Gemm<double>&, int, int, int);
+
+}  // namespace vicinal::VICINAL_ISA
