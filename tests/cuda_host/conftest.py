@@ -27,13 +27,17 @@ FLAVORS = {
 EMULATOR = [CSRC / "cuda/on_host" / f"{name}.cpp" for name in ("collectives", "cuda_on_host", "fibers")]
 
 
+def nvcc() -> list[str]:
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not found:
+        pytest.skip("no nvcc: the CUDA headers come with it")
+    return [found]
+
+
 @functools.cache
 def cuda_includes() -> list[str]:
     """-isystem flags of the toolkit's headers as nvcc itself names them (nvcc on PATH may be a wrapper)."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if not nvcc:
-        pytest.skip("no nvcc: the CUDA headers come with it")
-    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    command = [*nvcc(), "--dryrun", "-E", "-x", "cu", os.devnull]
     text = subprocess.run(command, capture_output=True, text=True).stderr
     flags: list[str] = []
     for line in text.splitlines():

@@ -1,6 +1,7 @@
-"""A backend "emulated" of windowed attention for tests: the CUDA kernels, compiled for a CPU, in a process of their own.
+"""A backend "emulated" for tests: the CUDA kernels, compiled for a CPU, each launch in a process of its own.
 
-A launch becomes a case file (attend_driver.cpp): the parameter struct of csrc/attend.h and every buffer that it points to.
+A launch becomes a case file (attend_driver.cpp): the parameter struct of csrc/attend.h and the buffers that
+it points to.
 """
 
 from __future__ import annotations
@@ -96,11 +97,13 @@ def only_here(device: str) -> str:
 def emulated(build: HostBuild, flavor: str = "plain", **schedule: int) -> Iterator[Emulation]:
     """Within it, backend="emulated" runs the CUDA kernels of this build under this schedule."""
     if "emulated" not in _backends.ORDER:
-        _backends.ORDER = (*_backends.ORDER, "emulated")
+        _backends.ORDER = (*_backends.ORDER, "emulated")  # type: ignore[assignment]
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
         row = _launch.Launchers("emulated", forward, backward, ("cpu",), dtypes, only_here, max_head_dim=256)
         _backends.register(row.capability("windowed"))
-        define(_windowed_op.WINDOWED, "emulated", _windowed_op._forward(row), _windowed_op._backward(backward))
+        define(
+            _windowed_op.WINDOWED, "emulated", _windowed_op._forward(row), _windowed_op._backward(backward)
+        )
     emulation.append(Emulation(build(SOURCES, flavor), flavor, **schedule))
     try:
         yield emulation[-1]
