@@ -40,9 +40,10 @@ struct Logits {
   }
 };
 
-// The words of slots `slot` (even) and slot + 1 of one query. Not inlined: its ten rounds in every unrolled element would
-// be most of a kernel's code.
-static __device__ __noinline__ uint2 dropout_pair(uint64_t seed, uint32_t batch_head, int32_t token, int slot) {
+// The words of slots `slot` (even) and slot + 1 of one query. Not inlined: its ten rounds in every unrolled
+// element would be most of a kernel's code.
+static __device__ __noinline__ uint2 dropout_pair(uint64_t seed, uint32_t batch_head, int32_t token,
+                                                  int slot) {
   const Philox4 words = dropout_words(seed, slot / 4, token, batch_head);
   return slot % 4 == 2 ? make_uint2(words.x[2], words.x[3]) : make_uint2(words.x[0], words.x[1]);
 }

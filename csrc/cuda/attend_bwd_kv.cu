@@ -60,11 +60,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   T* dout_tile = carver.take<T>(t.stages * kQueries * t.dv_stride);
   float* stage_rows = carver.take<float>(buffers.extra ? rows * kCols : 0);
 
-  int64_t block = blockIdx.x;
+  uint32_t block = blockIdx.x;
   const int part = take_index(block, t.parts), head = take_index(block, a.heads),
             tile = take_index(block, t.k_tiles);
   const int k_first = tile * rows, first_col = part * kCols;
-  const Window w{block / a.plan.n_rows, head, static_cast<int32_t>(block % a.plan.n_rows)};
+  const int row = take_index(block, static_cast<int>(a.plan.n_rows));
+  const Window w{block, head, row};
   const Logits logit(a, w);
   const Dropout dropout(a, w);
 

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   T* k_tile = carver.take<T>(t.stages * kKeys * t.d_stride);
   T* v_tile = carver.take<T>(t.stages * kKeys * t.dv_stride);
 
-  int64_t block = blockIdx.x;
+  uint32_t block = blockIdx.x;
   const int part = take_index(block, t.parts), head = take_index(block, a.heads);
   const int q_first = take_index(block, t.q_tiles) * rows, chunk = static_cast<int>(block);
   const int first_col = part * kCols, cols = smaller(kCols, t.d_pad - first_col);

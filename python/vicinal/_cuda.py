@@ -3,9 +3,9 @@
 What is proven, and how. The kernels' results, forward and backward, every option, against float64; their
 memory accesses (AddressSanitizer, UndefinedBehaviorSanitizer), their synchronisation (ThreadSanitizer,
 adversarial orders of threads) and the absence of bank conflicts in ldmatrix: by running the same sources on a
-CPU, where each CUDA thread is a fiber (tests/cuda_host). Registers, spills and shared memory: by compiling them
-for every architecture and comparing with tests/cuda_host/budgets.json. Not proven this way: the few lines of
-PTX in csrc/cuda/simt.h, and speed; those need a GPU.
+CPU, where each CUDA thread is a fiber (tests/cuda_host). Registers, spills and shared memory: by compiling
+them for every architecture and comparing with tests/cuda_host/budgets.json. Not proven this way: the few
+lines of PTX in csrc/cuda/simt.h, and speed; those need a GPU.
 """
 
 from __future__ import annotations

@@ -95,6 +95,6 @@ int main(int argc, char** argv) {
     fwrite(buffer.data, 1, buffer.size, file);
     free(buffer.data);
   }
-  std::printf("bank conflicts: %ld\n", vicinal_host_bank_conflicts());
+  std::printf("%ld %zu\n", vicinal_host_bank_conflicts(), vicinal_host_largest_block());
   return fclose(file);
 }

@@ -15,7 +15,7 @@ import vicinal
 from vicinal import RelativeBias, Windows, _windowed_run, reference
 
 from .conftest import HostBuild
-from .emulated import emulated
+from .emulated import Emulation, emulated
 
 # order, copies, seed of the emulator: see NamedSchedule in driver.h
 SCHEDULES = {"forward_eager": (0, 0, 1), "reverse_lazy": (1, 1, 1)}
@@ -149,29 +149,30 @@ def run(
     named: dict[str, Any] = {n: t for n, t in given.items() if n not in ("q", "k", "v", "table")}
     if "table" in given:
         named["bias"] = RelativeBias(given["table"])
+    softmax = dict(case.options).get("activation", "softmax") == "softmax"
     torch.manual_seed(1)  # of dropout
     plain = reference.windowed
     _windowed_run.reference.windowed = partial(plain, compute_dtype=compute) if compute else plain
     try:
-        out, lse = vicinal.windowed_attention(
+        found = vicinal.windowed_attention(
             given["q"],
             given["k"],
             given["v"],
             case.windows,
             **named,
             **dict(case.options),
-            return_lse=True,
+            return_lse=softmax,
             backend=backend,
         )
     finally:
         _windowed_run.reference.windowed = plain
     torch.manual_seed(2)
-    dout, dlse = torch.randn(out.shape).to(case.dtype), torch.randn(lse.shape)
-    loss = (out.double() * dout.to(device).double()).sum()
-    if dict(case.options).get("activation", "softmax") == "softmax":
-        loss = loss + (lse.masked_fill(lse.isinf(), 0).double() * dlse.to(device).double()).sum()
+    results, loss = dict(zip(("out", "lse"), found if softmax else (found,))), torch.zeros((), device=device)
+    for x in results.values():
+        upstream = torch.randn(x.shape).to(case.dtype)
+        loss = loss + (x.masked_fill(x.isinf(), 0).double() * upstream.to(device).double()).sum()
     loss.backward()
-    results = {"out": out.detach(), "lse": lse.detach()}
+    results = {n: x.detach() for n, x in results.items()}
     results |= {f"d{n}": t.grad for n, t in given.items() if t.requires_grad and t.grad is not None}
     return {n: t.double().cpu() for n, t in results.items()}
 
@@ -193,19 +194,28 @@ def check(case: Case, got: Tensors) -> None:
         assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
 
 
-def emulate(case: Case, build: HostBuild, flavor: str, schedule: str) -> tuple[Tensors, int]:
+def emulate(case: Case, build: HostBuild, flavor: str, schedule: str) -> tuple[Tensors, Emulation]:
     order, copies, seed = SCHEDULES[schedule]
     options = {"order": order, "copies": copies, "seed": seed, "shared_memory": case.shared_memory}
     with emulated(build, flavor, **options) as emulation:
-        return run(case, "emulated", case.dtype), emulation.conflicts
+        return run(case, "emulated", case.dtype), emulation
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_option(name: str, host_build: HostBuild) -> None:
     schedule = list(SCHEDULES)[list(CASES).index(name) % len(SCHEDULES)]
-    got, conflicts = emulate(CASES[name], host_build, "plain", schedule)
+    got, emulation = emulate(CASES[name], host_build, "plain", schedule)
     check(CASES[name], got)
-    assert conflicts == 0
+    assert emulation.conflicts == 0
+
+
+@pytest.mark.parametrize(("dim", "kibibytes"), [(32, 24), (64, 39), (96, 55), (128, 71), (256, 135)])
+def test_shared_memory(dim: int, kibibytes: int, host_build: HostBuild) -> None:
+    """What a 7 x 7 window needs, forward and backward: it decides how many blocks a multiprocessor holds."""
+    case = Case((7, 7), Windows(7), (dim, dim), heads=1, batch=1)
+    got, emulation = emulate(case, host_build, "plain", "forward_eager")
+    check(case, got)
+    assert emulation.largest_block <= kibibytes * 1024
 
 
 @pytest.mark.parametrize("name", ["two_tiles", "two_tiles_float", "extras", "little_shared"])

@@ -71,6 +71,14 @@ def test_kernels_stay_within_their_budgets() -> None:
             )
 
 
+def budget(used: list[int]) -> list[int]:
+    """Registers are allocated by eights; another release of nvcc may need a few more."""
+    return [min(255, -(-used[0] // 8) * 8), *used[1:]]
+
+
 if __name__ == "__main__":
-    lines = (f"{json.dumps(name)}: {json.dumps(usage)}" for name, usage in sorted(measure().items()))
+    budgets = {
+        name: {a: budget(u) for a, u in by_arch.items()} for name, by_arch in sorted(measure().items())
+    }
+    lines = (f"{json.dumps(name)}: {json.dumps(by_arch)}" for name, by_arch in budgets.items())
     BUDGETS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
