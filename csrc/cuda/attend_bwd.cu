@@ -98,7 +98,6 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <class T, int kCols>
 BwdPlan plan_of(const AttendBwd& p) {
-  constexpr int kInner = inner_slots(kCols);
   const Attend& a = p.a;
   BwdPlan plan{};
   Tiling t = tiling_of<T>(a, kCols);

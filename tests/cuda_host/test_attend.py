@@ -225,11 +225,13 @@ def test_results_do_not_depend_on_the_schedule(name: str, host_build: HostBuild)
         assert all(torch.equal(result[n], x) for n, x in results[0].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_address_sanitizer(name: str, host_build: HostBuild) -> None:
     check(CASES[name], emulate(CASES[name], host_build, "asan", "forward_eager")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["forward_eager", "random_1"])
 @pytest.mark.parametrize("name", ["swin", "two_tiles", "two_tiles_float", "little_shared", "extras"])
 def test_race_detector(name: str, schedule: str, host_build: HostBuild) -> None:
