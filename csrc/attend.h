@@ -113,6 +113,7 @@ namespace cuda {
 int64_t attend_bwd_workspace(const AttendBwd& p);
 int attend_fwd(const AttendFwd& p, void* stream);
 int attend_bwd(const AttendBwd& p, void* workspace, void* stream);
+const char* error_text(int error);
 }  // namespace cuda
 
 }  // namespace vicinal
