@@ -11,6 +11,7 @@ CXX, CXXFLAGS, MAX_JOBS   as everywhere
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -23,12 +24,13 @@ import sysconfig
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "python/vicinal/_version.py").read_text())[1]
+VERSION = (ROOT / "python/vicinal/_version.py").read_text().split('"')[1]
 
 # No -ffast-math: a library linked with it makes the whole process flush denormals.
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
@@ -204,8 +206,7 @@ def objects(tools: Toolchain, folder: Path) -> list[Object]:
 
 def write_ninja(tools: Toolchain, folder: Path) -> None:
     """Write build.ninja, which makes _C.so in its folder."""
-    from ninja import ninja_syntax
-
+    ninja_syntax: Any = importlib.import_module("ninja.ninja_syntax")  # annotated wrongly upstream
     write_if_changed(folder / "vicinal_config.h", config_header(tools))
     with open(folder / "build.ninja.new", "w") as text:
         ninja = ninja_syntax.Writer(text, width=110)
@@ -220,11 +221,11 @@ def write_ninja(tools: Toolchain, folder: Path) -> None:
         else:
             link = [*tools.cxx, "-shared", *(["-fopenmp"] if tools.openmp else [])]
         ninja.rule("link", f"{shlex.join(link)} $in -o $out", "link $out")
-        names = []
-        for item in objects(tools, folder):
+        found = objects(tools, folder)
+        for item in found:
             source = ninja_syntax.escape_path(str(item.source))
-            names += ninja.build(item.name, item.rule, source, variables={"flags": shlex.join(item.flags)})
-        ninja.build("_C.so", "link", names)
+            ninja.build([item.name], item.rule, [source], variables={"flags": shlex.join(item.flags)})
+        ninja.build(["_C.so"], "link", [item.name for item in found])
     (folder / "build.ninja.new").replace(folder / "build.ninja")
 
 
@@ -234,6 +235,7 @@ class BuildWithNinja(build_ext):
 
         folder = ROOT / "build" / f"native-{sys.version_info.major}.{sys.version_info.minor}"
         folder.mkdir(parents=True, exist_ok=True)
+        assert TOOLS is not None, "without a compiler there is no extension to build"
         write_ninja(TOOLS, folder)
         jobs = min(os.cpu_count() or 1, int(os.environ.get("MAX_JOBS") or 256))
         # An isolated build environment may have the ninja module's program off the PATH.
@@ -256,7 +258,7 @@ setup(
         "vicinal.kernels",
         *(f"vicinal.kernels.{name}" for name in find_packages("kernels/vicinal_triton")),
     ],
-    package_data={"vicinal": ["py.typed"]},
+    package_data={"vicinal": ["py.typed", "*.pyi"]},
     include_package_data=False,
     ext_modules=[Extension("vicinal._C", sources=["csrc/module.cpp"])] if TOOLS else [],
     cmdclass={"build_ext": BuildWithNinja},

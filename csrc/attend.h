@@ -49,11 +49,18 @@ struct Plan {
 // Everything but the tensors that are written. Null pointers switch an option off.
 //   s(i, j) = scale * q_scale_i * k_scale_j * (q_i . k_j) + bias[h, code_i + code_j] + key_bias[b, token_j]
 //             + mask[(b * n_rows + row) % mask_count, h, i, j] + mask_value * [region_i != region_j]
-// Key slots: those of the key box (a pad is extra row 0 when edge_row, otherwise excluded), then the extra rows
-// edge_row .. n_extra-1, which every plan row sees; they have no region, key_bias or mask, their k_scale is 1, and
-// their bias is bias[h, bias_size - (n_extra - edge_row) + e]. A pad has no key_bias; its k_scale is 1.
-// softmax: p = exp(s - lse); s = -inf is excluded. Other activations: p = act(s), excluded or cross-region p = 0.
-// dropout: p is multiplied by keep / (1 - dropout_p); keep comes from philox.h at (slot, token of q, b * H_total + h).
+//
+// Key slots: those of the key box (a pad is extra row 0 when edge_row, otherwise excluded), then the extra
+// rows edge_row .. n_extra-1, which every plan row sees; they have no region, key_bias or mask, their k_scale
+// is 1, and their bias is bias[h, bias_size - (n_extra - edge_row) + e]. A pad has no key_bias; its k_scale
+// is 1.
+//
+// softmax: p = exp(s - lse); s = -inf is excluded. Other activations: p = act(s), excluded or cross-region
+// p = 0; their lse is finite or -inf but has no meaning, and dlse is null.
+//
+// dropout: p is multiplied by keep / (1 - dropout_p); keep comes from philox.h at (slot, token of q,
+// b * H_total + h).
+//
 // A row of q without any finite s gives out 0, lse -inf and zero gradients.
 struct Attend {
   DType dtype;
@@ -66,11 +73,11 @@ struct Attend {
   double scale, mask_value;
   const void* bias;  // acc [heads, bias_size]
   int64_t bias_size;
-  const void* q_scale;   // acc [B, n_q, heads], contiguous but for the head stride below
-  const void* k_scale;   // acc [B, n_k, heads]
+  const void* q_scale;     // acc [B, n_q, heads], contiguous but for the head stride below
+  const void* k_scale;     // acc [B, n_k, heads]
   int64_t scale_stride_n;  // elements between tokens of q_scale and k_scale (heads of the whole tensor)
-  const void* key_bias;  // acc [B, n_k]
-  const void* mask;      // acc [mask_count, 1 or heads, q_slots, k_slots]
+  const void* key_bias;    // acc [B, n_k]
+  const void* mask;        // acc [mask_count, 1 or heads, q_slots, k_slots]
   int64_t mask_count, mask_stride_w, mask_stride_h;
   Rows extra_k, extra_v;  // dtype [B, n_extra, H, D]; stride_b may be 0
   int32_t n_extra, edge_row;
@@ -81,7 +88,7 @@ struct Attend {
 
 struct AttendFwd {
   Attend a;
-  Rows out;  // dtype [B, n_q, H, Dv]
+  Rows out;   // dtype [B, n_q, H, Dv]
   void* lse;  // acc [B, n_q, *], element (b, n, h) at (b * n_q + n) * lse_stride_n + h
   int64_t lse_stride_n;
 };
@@ -106,6 +113,7 @@ namespace cuda {
 int64_t attend_bwd_workspace(const AttendBwd& p);
 int attend_fwd(const AttendFwd& p, void* stream);
 int attend_bwd(const AttendBwd& p, void* workspace, void* stream);
+const char* error_text(int error);
 }  // namespace cuda
 
 }  // namespace vicinal

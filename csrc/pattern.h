@@ -9,7 +9,8 @@ VICINAL_HD int32_t bias_index(int32_t q_code, int32_t k_code) { return q_code + 
 VICINAL_HD bool crosses(int32_t q_region, int32_t k_region) { return q_region != k_region; }
 
 // The entry of slot `slot` of a box: the sum over its axes.
-VICINAL_HD AxisEntry slot_entry(const AxisEntry* axes, const int32_t begin[3], const int32_t extent[3], int32_t slot) {
+VICINAL_HD AxisEntry slot_entry(const AxisEntry* axes, const int32_t begin[3], const int32_t extent[3],
+                                int32_t slot) {
   const int32_t r2 = slot % extent[2], rest = slot / extent[2];
   const AxisEntry a = axes[begin[0] + rest / extent[1]];
   const AxisEntry b = axes[begin[1] + rest % extent[1]];

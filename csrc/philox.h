@@ -1,5 +1,6 @@
-// Philox 4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3, SC 2011): dropout bits that
-// depend on (seed, batch and head, query token, key slot) alone, so that every backend and both passes draw the same.
+// Philox 4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3, SC 2011): dropout
+// bits that depend on (seed, batch and head, query token, key slot) alone, so that every backend and both
+// passes draw the same.
 #pragma once
 #include <cstdint>
 
@@ -19,7 +20,8 @@ VICINAL_HD Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, 
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = 0xD2511F53ull * c0, b = 0xCD9E8D57ull * c2;
-    const uint32_t n0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0, n2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    const uint32_t n0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    const uint32_t n2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
     c1 = static_cast<uint32_t>(b);
     c3 = static_cast<uint32_t>(a);
     c0 = n0;
@@ -30,7 +32,8 @@ VICINAL_HD Philox4 philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, 
   return {{c0, c1, c2, c3}};
 }
 
-// Four decisions at once: slots 4 * group .. 4 * group + 3 of one query. A slot is kept iff its word >= threshold.
+// Four decisions at once: slots 4 * group .. 4 * group + 3 of one query. A slot is kept iff its
+// word >= threshold.
 VICINAL_HD Philox4 dropout_words(uint64_t seed, uint32_t group, uint32_t query_token, uint32_t batch_head) {
   return philox(seed, group, query_token, batch_head, 0u);
 }

@@ -10,5 +10,7 @@ const char* available_isas();
 const char* isa();
 // Throws std::invalid_argument, naming what is available, for any other name; "" goes back to the default.
 void set_isa(const char* name);
+// Float32 GFLOP/s that `threads` threads reach together on multiply-adds out of registers, for `seconds`.
+double fma_probe(double seconds, int threads);
 
 }  // namespace vicinal::cpu

@@ -1,1 +1,1 @@
-"""Triton kernels, installed as vicinal.kernels."""
+"""Triton kernels of vicinal."""

@@ -1,5 +1,20 @@
 """Custom attention kernels for local, sparse and linear attention in PyTorch."""
 
+from vicinal import nn
+from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
+from vicinal.drop_in import accelerate, restore
+from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
 
-__all__ = ["__version__"]
+__all__ = [
+    "Explanation",
+    "RelativeBias",
+    "Windows",
+    "__version__",
+    "accelerate",
+    "explain",
+    "nn",
+    "restore",
+    "windowed_attention",
+    "windowed_attention_qkvpacked",
+]

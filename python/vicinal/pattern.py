@@ -1,4 +1,5 @@
-"""The pairwise facts of a plan: one text for Python numbers, tensors and Triton. The C++ twin is csrc/pattern.h.
+"""The pairwise facts of a plan: one text for Python numbers, tensors and Triton. The C++ twin is
+csrc/pattern.h.
 
 Operators only: Triton re-binds these functions as jitted ones.
 """

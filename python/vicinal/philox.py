@@ -1,6 +1,8 @@
-"""Dropout bits: Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011) in PyTorch integers. The C++ twin is csrc/philox.h.
+"""Dropout bits: Philox 4x32-10 (Salmon, Moraes, Dror, Shaw, SC 2011) in PyTorch integers. The C++ twin is
+csrc/philox.h.
 
-A decision depends on (seed, batch and head, query token, key slot) alone, so every backend and both passes agree.
+A decision depends on (seed, batch and head, query token, key slot) alone, so every backend and both passes
+agree.
 """
 
 import torch
@@ -18,7 +20,9 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit words of each counter (int64 tensors that broadcast against each other)."""
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):

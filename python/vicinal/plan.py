@@ -1,4 +1,5 @@
-"""Plans: int32 tables that tell a kernel which tokens a tile owns and which keys it needs (docs/design.md, section 1).
+"""Plans: int32 tables that tell a kernel which tokens a tile owns and which keys it needs (docs/design.md,
+section 1).
 
 A box is a product of up to three axis lists; the entry of a slot is the sum of its axes' entries.
 """
@@ -22,7 +23,8 @@ ROW_REGIONS, ROW_KEY_PADS, ROW_QUERY_PADS = 1, 2, 4
 @dataclass(frozen=True, eq=False)
 class Plan:
     """axes int32 [A, 4]: (token, region, code, coord); rows int32 [R, 16]: q_begin[3] q_extent[3] k_begin[3]
-    k_extent[3] flags reserved[3]. `flags` is the union of the rows' flags, `overlap` says that key boxes share tokens."""
+    k_extent[3] flags reserved[3]. `flags` is the union of the rows' flags, `overlap` says that key boxes
+    share tokens."""
 
     axes: Tensor
     rows: Tensor
@@ -35,8 +37,9 @@ class Plan:
 
 
 class AxisWindows(NamedTuple):
-    """One axis of a windowed grid, resolved: `length` tokens, `window` slots a window, windows shifted by `shift`.
-    `kv` > 0: key windows of that width, centred on the query window. `q_length`, `q_window`: the query grid."""
+    """One axis of a windowed grid, resolved: `length` tokens, `window` slots a window, windows shifted by
+    `shift`. `kv` > 0: key windows of that width, centred on the query window. `q_length`, `q_window`: the
+    query grid."""
 
     length: int
     window: int
@@ -50,7 +53,7 @@ class AxisWindows(NamedTuple):
         return -(-self.length // self.window) * self.window
 
     @property
-    def count(self) -> int:
+    def n_windows(self) -> int:
         return self.padded // self.window
 
 
@@ -140,7 +143,9 @@ class _Table:
     def __init__(self) -> None:
         self.entries: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
 
-    def append(self, entries: Sequence[Entry], stride: int, bit: int, codes: Sequence[int]) -> tuple[int, int]:
+    def append(
+        self, entries: Sequence[Entry], stride: int, bit: int, codes: Sequence[int]
+    ) -> tuple[int, int]:
         begin = len(self.entries)
         for (g, wrap), code in zip(entries, codes, strict=True):
             self.entries.append((PAD if g == PAD else g * stride, wrap << bit, code, g))
@@ -172,7 +177,8 @@ def window_plan(
     pad_side: str = "end",
     device: torch.device | str = "cpu",
 ) -> Plan:
-    """The plan of a windowed grid of one to three axes: a row per window, windows row-major, last axis fastest."""
+    """The plan of a windowed grid of one to three axes: a row per window, windows row-major, last axis
+    fastest."""
     table, rank = _Table(), len(axes)
     q_strides, k_strides = _strides([a.q_length for a in axes]), _strides([a.length for a in axes])
     q_codes, k_codes = _codes(axes, bias)
@@ -206,7 +212,8 @@ def _union(flags: Tensor) -> int:
 
 
 def _product_rows(per_axis: list[Tensor], rank: int) -> Tensor:
-    """Rows of all combinations of the axes' windows ([n_a, 5]: q_begin, q_extent, k_begin, k_extent, flags)."""
+    """Rows of all combinations of the axes' windows ([n_a, 5]: q_begin, q_extent, k_begin, k_extent,
+    flags)."""
     grids = torch.meshgrid(*[torch.arange(len(p)) for p in per_axis], indexing="ij")
     rows = torch.zeros(grids[0].numel(), 16, dtype=torch.int32)
     rows[:, 3:6] = rows[:, 9:12] = 1
@@ -219,7 +226,8 @@ def _product_rows(per_axis: list[Tensor], rank: int) -> Tensor:
 
 
 def box_tokens(plan: Plan, keys: bool = False) -> Tensor:
-    """int64 [R, slots]: the token of every slot, -1 for a pad. For tests, pictures and copies of key boxes."""
+    """int64 [R, slots]: the token of every slot, -1 for a pad. For tests, pictures and copies of key
+    boxes."""
     axes, rows = plan.axes.cpu().long(), plan.rows.cpu().long()
     base = 6 if keys else 0
     extents = rows[0, base + 3 : base + 6].tolist()
@@ -234,7 +242,8 @@ def box_tokens(plan: Plan, keys: bool = False) -> Tensor:
 
 @lru_cache(maxsize=64)
 def readers(plan: Plan) -> Tensor:
-    """int64 [tokens, m]: flat key slots (row * k_slots + slot) that hold each token, ascending, -1 where there are fewer."""
+    """int64 [tokens, m]: flat key slots (row * k_slots + slot) that hold each token, ascending, -1 where
+    there are fewer."""
     tokens = box_tokens(plan, keys=True).flatten()
     slots = torch.nonzero(tokens >= 0).flatten()
     owner, order = torch.sort(tokens[slots], stable=True)
@@ -247,7 +256,8 @@ def readers(plan: Plan) -> Tensor:
 
 @lru_cache(maxsize=64)
 def copied_keys(plan: Plan) -> Plan:
-    """The same plan over a copy of its key boxes: key slot (row, slot) is token row * k_slots + slot, pads stay pads."""
+    """The same plan over a copy of its key boxes: key slot (row, slot) is token row * k_slots + slot, pads
+    stay pads."""
     axes, rows = plan.axes.cpu(), plan.rows.cpu().clone()
     tables, begin = [axes], len(axes)
     strides = _strides(rows[0, 9:12].tolist())

@@ -1,7 +1,7 @@
 """The executable specification: windowed attention in plain PyTorch, differentiable twice, any float dtype.
 
-Windows are made as the published models make them - pad, roll, partition - but on a grid of token ids, so nothing here
-reads a plan and a plan can be checked against it.
+Windows are made as the published models make them - pad, roll, partition - but on a grid of token ids, so
+nothing here reads a plan and a plan can be checked against it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .plan import AxisWindows
 
 
 def partition_ids(ids: Tensor, windows: Sequence[int], grid: bool) -> Tensor:
-    """[P1, .., Pr] with P_a divisible by windows[a] -> [number of windows, slots]; grid: slots at a stride."""
+    """[P1, .., Pr] with P_a divisible by windows[a] -> [number of windows, slots]; grid: slots at a
+    stride."""
     rank = ids.dim()
     shape = []
     for size, w in zip(ids.shape, windows, strict=True):
@@ -38,7 +39,12 @@ def _pad_amounts(sizes: Sequence[int], windows: Sequence[int], center: bool) -> 
 
 
 def window_ids(
-    lengths: Sequence[int], windows: Sequence[int], shifts: Sequence[int], partition: str, pad_order: str, pad_side: str
+    lengths: Sequence[int],
+    windows: Sequence[int],
+    shifts: Sequence[int],
+    partition: str,
+    pad_order: str,
+    pad_side: str,
 ) -> Tensor:
     """Token ids [number of windows, slots]; -1 where a slot is a pad."""
     rank = len(lengths)
@@ -78,7 +84,8 @@ def region_ids(lengths: Sequence[int], windows: Sequence[int], shifts: Sequence[
 
 
 def relative_index(q_window: Sequence[int], k_window: Sequence[int], order: str) -> Tensor:
-    """Index [Nq, Nk] into a table of prod(wq + wk - 1) rows (order "q-k" or "k-q"), or prod(wk) rows ("abs")."""
+    """Index [Nq, Nk] into a table of prod(wq + wk - 1) rows (order "q-k" or "k-q"), or prod(wk) rows
+    ("abs")."""
     q = torch.cartesian_prod(*[torch.arange(w) for w in q_window]).view(-1, len(q_window))
     k = torch.cartesian_prod(*[torch.arange(w) for w in k_window]).view(-1, len(k_window))
     index = torch.zeros(len(q), len(k), dtype=torch.long)
@@ -100,11 +107,13 @@ def _gather(x: Tensor, ids: Tensor, edge: Tensor | None) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+    smallest = max(1e-12, torch.finfo(x.dtype).tiny)  # 1e-12 is 0 in float16
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(smallest)
 
 
 def _weights(s: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Scores with -inf = excluded -> (weights, log-sum-exp); a row without a finite score gives 0 and -inf."""
+    """Scores with -inf = excluded -> (weights, log-sum-exp); a row without a finite score gives 0 and
+    -inf."""
     dead = torch.isneginf(s).all(-1, keepdim=True)
     alive = s.masked_fill(dead, 0.0)
     lse = torch.logsumexp(alive, -1, keepdim=True)
@@ -147,13 +156,16 @@ def windowed(
 ) -> tuple[Tensor, Tensor]:
     """q [B, Nq, h, dk], k [B, N, h, dk], v [B, N, h, dv] -> out [B, Nq, h, dv] in q's dtype, lse [B, Nq, h].
 
-    bias is dense, [h, slots of q, slots of k]; key_bias [B, N] is added per key (-inf: ignored). Everything else as in
-    `vicinal.windowed_attention`. Computes in float32 (float64 for float64 inputs) unless compute_dtype says otherwise.
+    bias is dense, [h, slots of q, slots of k]; key_bias [B, N] is added per key (-inf: ignored). Everything
+    else as in `vicinal.windowed_attention`. Computes in float32 (float64 for float64 inputs) unless
+    compute_dtype says otherwise.
     """
     dtype = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
     windows = [a.window for a in axes]
     lengths, shifts = [a.length for a in axes], [a.shift for a in axes]
-    q_ids = window_ids([a.q_length for a in axes], [a.q_window for a in axes], shifts, partition, pad_order, pad_side)
+    q_ids = window_ids(
+        [a.q_length for a in axes], [a.q_window for a in axes], shifts, partition, pad_order, pad_side
+    )
     if any(a.kv for a in axes):
         k_ids = overlapping_ids(lengths, windows, [a.kv for a in axes])
     else:
@@ -174,14 +186,18 @@ def windowed(
     s = s + _additive(s, k_slots, bias, extra_bias, attn_mask)
     s = s.masked_fill(_excluded(q_ids, k_ids, kw.shape[2], edge).to(s.device)[:, None], -torch.inf)
     if key_bias is not None:
-        per_slot = F.pad(key_bias, (0, 1))[:, k_ids.to(q.device) % (key_bias.shape[1] + 1)]  # pads: 0
+        with_pad = F.pad(key_bias.to(s.dtype), (0, 1))  # pads have no key bias
+        per_slot = with_pad[:, k_ids.to(q.device) % with_pad.shape[1]]
         s = s + F.pad(per_slot, (0, kw.shape[2] - k_slots))[:, :, None, None]
     if any(shifts):
         region = region_ids(lengths, windows, shifts).to(s.device)
         crossing = F.pad(region[:, :, None] != region[:, None, :], (0, kw.shape[2] - k_slots))[:, None]
         if activation != "softmax":
             mask_value = -torch.inf
-        s = s.masked_fill(crossing, -torch.inf) if mask_value == -torch.inf else s + mask_value * crossing
+        if mask_value == -torch.inf:
+            s = s.masked_fill(crossing, -torch.inf)
+        else:
+            s = s + mask_value * crossing.to(s.dtype)
     p, lse = _weights(s, activation)
     if dropout_p > 0.0 and seed is not None:
         p = p * _kept(p, q_ids, seed, dropout_p, head_offset, head_total or q.shape[2])
@@ -219,7 +235,9 @@ def _excluded(q_ids: Tensor, k_ids: Tensor, slots: int, edge: str) -> Tensor:
     return F.pad(pads, (0, slots - k_ids.shape[1]))[:, None]
 
 
-def _kept(p: Tensor, q_ids: Tensor, seed: Tensor, dropout_p: float, head_offset: int, head_total: int) -> Tensor:
+def _kept(
+    p: Tensor, q_ids: Tensor, seed: Tensor, dropout_p: float, head_offset: int, head_total: int
+) -> Tensor:
     b, _, h, _, slots = p.shape
     heads = torch.arange(h, device=p.device) + head_offset
     batch_head = torch.arange(b, device=p.device)[:, None] * head_total + heads

@@ -1,0 +1,152 @@
+// attend, backward, the pass that owns keys: dk, dv, and partial sums for the extra rows.
+//
+// A block owns up to 64 key slots of one window and head, a warp 16 of them, and sweeps the queries of the
+// window. Scores are computed transposed, keys by queries, so that weights and their gradients are left
+// operands of the products with dout and q.
+#include "attend_bwd.cuh"
+
+namespace vicinal::cuda {
+
+namespace {
+
+// Columns [first_col, first_col + cols) of one tile's gradient of extra rows: the sum over its pads for the
+// edge row, one row for each other extra row that the tile holds. `partial`: of the window, `stride` floats a
+// slot.
+template <int M>
+__device__ __forceinline__ void store_extra(float* partial, int64_t stride, float* stage,
+                                            const float (&c)[M][4], const KeySlot* keys, float scale,
+                                            int tile, int edge_slots, int edge_row, int first_col, int dim) {
+  const int rows = block_rows();
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int row = warp_row() + lane_group() + e / 2 * 8;
+      stage[row * 8 * M + 8 * m + 2 * lane_pair() + e % 2] = c[m][e];
+    }
+  }
+  simt::sync_threads();
+  for (int col = threadIdx.x; col < 8 * M && first_col + col < dim; col += blockDim.x) {
+    float edge = 0.0f;
+    for (int row = 0; row < rows; ++row) {
+      const int32_t token = keys[row].token;
+      if (token > kExtra || token == kNone) continue;
+      const float value = stage[row * 8 * M + col];
+      if (keys[row].region >= 0) {
+        edge += value;
+      } else {
+        const int slot = edge_slots + kExtra - token - edge_row;
+        partial[slot * stride + first_col + col] = scale * value;
+      }
+    }
+    if (edge_slots) partial[tile * stride + first_col + col] = scale * edge;
+  }
+  simt::sync_threads();
+}
+
+template <class T, int kCols>
+__global__ void __launch_bounds__(kMaxThreads)
+    attend_bwd_kv_kernel(AttendBwd p, Tiling t, BwdBuffers buffers, int edge_slots, int extra_slots) {
+  constexpr int N = kInner / 8, M = kCols / 8;
+  const Attend& a = p.a;
+  DYN_SMEM(raw);
+  SmemCarver carver(raw);
+  const int rows = block_rows(), up = warp_row() + lane_group();
+  auto* keys = carver.take<KeySlot>(rows);
+  auto* queries = carver.take<QuerySlot>(t.stages * kInner);
+  T* k_tile = carver.take<T>(rows * t.d_stride);
+  T* v_tile = carver.take<T>(rows * t.dv_stride);
+  T* q_tile = carver.take<T>(t.stages * kInner * t.d_stride);
+  T* dout_tile = carver.take<T>(t.stages * kInner * t.dv_stride);
+  float* stage_rows = carver.take<float>(buffers.extra ? rows * kCols : 0);
+
+  uint32_t block = blockIdx.x;
+  const int part = take_index(block, t.parts), head = take_index(block, a.heads),
+            tile = take_index(block, t.k_tiles);
+  const int k_first = tile * rows, first_col = part * kCols;
+  const int row = take_index(block, static_cast<int>(a.plan.n_rows));
+  const Window w{block, head, row};
+  const Logits logit(a, w);
+  const Dropout dropout(a, w);
+
+  for (int j = threadIdx.x; j < rows; j += blockDim.x) keys[j] = key_slot(a, w, k_first + j);
+  simt::sync_threads();
+  load_rows(k_tile, t.d_stride, keys, rows, a.k, a.extra_k, w, a.head_dim, t.d_pad, t.k_align);
+  load_rows(v_tile, t.dv_stride, keys, rows, a.v, a.extra_v, w, a.head_dim_v, t.dv_pad, t.v_align);
+  const KeySlot key[2] = {keys[up], keys[up + 8]};
+  float dk[M][4] = {}, dv[M][4] = {};
+
+  auto load_slots = [&](int inner, int stage) {
+    for (int i = threadIdx.x; i < kInner; i += blockDim.x) {
+      queries[stage * kInner + i] = query_slot_bwd(p, buffers.delta, w, inner * kInner + i);
+    }
+  };
+  auto load_tiles = [&](int inner, int stage) {
+    const int count = smaller(kInner, a.plan.q_slots - inner * kInner);
+    load_rows(q_tile + stage * kInner * t.d_stride, t.d_stride, queries + stage * kInner, count, a.q, a.q, w,
+              a.head_dim, t.d_pad, t.q_align);
+    load_rows(dout_tile + stage * kInner * t.dv_stride, t.dv_stride, queries + stage * kInner, count, p.dout,
+              p.dout, w, a.head_dim_v, t.dv_pad, t.out_align);
+  };
+  for_each_tile(t.q_tiles, t.stages, load_slots, load_tiles, [&](int inner, int stage) {
+    const int count = smaller(kInner, a.plan.q_slots - inner * kInner);
+    const T* q_rows = q_tile + stage * kInner * t.d_stride;
+    const T* dout_rows = dout_tile + stage * kInner * t.dv_stride;
+    float s[N][4] = {}, dp[N][4] = {};
+    product_nt(s, k_tile + warp_row() * t.d_stride, t.d_stride, q_rows, t.d_stride, t.d_pad, count);
+    product_nt(dp, v_tile + warp_row() * t.dv_stride, t.dv_stride, dout_rows, t.dv_stride, t.dv_pad, count);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = 8 * n + 2 * lane_pair() + e % 2, j = k_first + up + e / 2 * 8;
+        const QuerySlot q = queries[stage * kInner + i];
+        const float logits = logit(s[n][e], q, key[e / 2], inner * kInner + i, j);
+        const float z = dropout.on() ? dropout.one(q.token, j) : 1.0f;
+        const PairGrad grad = pair_grad(a.activation, logits, dp[n][e], z, q);
+        s[n][e] = grad.p;
+        dp[n][e] = grad.ds * q.scale;
+      }
+    }
+    product_pn<T>(dv, s, dout_rows + first_col, t.dv_stride, count, t.dv_pad - first_col);
+    product_pn<T>(dk, dp, q_rows + first_col, t.d_stride, count, t.d_pad - first_col);
+  });
+
+  const float scale = static_cast<float>(a.scale);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int32_t token = key_token(a, w, k_first + up + 8 * r);  // of ignored keys too: their gradient is 0
+    if (token < 0) continue;
+    store_row<T>(row_of<T>(p.dk, w.batch, token, w.head), dk, r == 1, scale * key[r].scale, first_col,
+                 a.head_dim, t.store_pairs);
+    store_row<T>(row_of<T>(p.dv, w.batch, token, w.head), dv, r == 1, 1.0f, first_col, a.head_dim_v,
+                 t.store_pairs);
+  }
+  if (buffers.extra) {
+    const int64_t stride = a.head_dim + a.head_dim_v;
+    const int64_t window = (w.batch * a.heads + head) * a.plan.n_rows + w.row;
+    float* partial = buffers.extra + window * (edge_slots + extra_slots) * stride;
+    store_extra(partial, stride, stage_rows, dk, keys, scale, tile, edge_slots, a.edge_row, first_col,
+                a.head_dim);
+    store_extra(partial + a.head_dim, stride, stage_rows, dv, keys, 1.0f, tile, edge_slots, a.edge_row,
+                first_col, a.head_dim_v);
+  }
+}
+
+}  // namespace
+
+template <class T, int kCols>
+cudaError_t backward_kv(const AttendBwd& p, const BwdPlan& plan, const BwdBuffers& buffers,
+                        cudaStream_t stream) {
+  const int64_t blocks = p.a.batch * p.a.plan.n_rows * plan.kv.k_tiles * p.a.heads * plan.kv.parts;
+  return launch_blocks(attend_bwd_kv_kernel<T, kCols>, blocks, 2 * plan.kv_cut.rows, plan.kv_cut.smem, stream,
+                       p, plan.kv, buffers, plan.edge_slots, plan.extra_slots);
+}
+
+#define INSTANCE(T, cols)                                                                        \
+  template cudaError_t backward_kv<T, cols>(const AttendBwd&, const BwdPlan&, const BwdBuffers&, \
+                                            cudaStream_t);
+FOR_EACH_BWD_INSTANCE(INSTANCE)
+#undef INSTANCE
+
+}  // namespace vicinal::cuda

@@ -1,0 +1,174 @@
+"""A family of ops from one declaration: schemas, one overload per backend and direction, fakes, autograd,
+vmap.
+
+`vicinal::<family>_fwd.<backend>(tensors, options) -> outputs` and
+`vicinal::<family>_bwd.<backend>(gradients of outputs, outputs, tensors, options, packed) -> gradients`.
+Backends mix: what the forward of one returned, the backward of another takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LIBRARY = torch.library.Library("vicinal", "DEF")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of a family's tensors ("name" or "name?" for optional ones), options ("type name"), outputs, and
+    the tensors that get gradients. `packed`: the first three tensors may come as one [B, *space, 3, H, D]
+    tensor; their gradient then comes so. `fake_fwd(tensors, options)` and `fake_bwd(outputs, tensors,
+    options, packed)` allocate as the launchers do."""
+
+    name: str
+    tensors: tuple[str, ...]
+    options: tuple[str, ...]
+    outputs: tuple[str, ...]
+    gradients: tuple[str, ...]
+    fake_fwd: Callable[..., tuple[Tensor, ...]]
+    fake_bwd: Callable[..., tuple[Tensor, ...]]
+
+    def schemas(self) -> tuple[str, str]:
+        def arguments(names: Sequence[str]) -> str:
+            return ", ".join(f"Tensor{'?' if n.endswith('?') else ''} {n.rstrip('?')}" for n in names)
+
+        tensors, options = arguments(self.tensors), ", ".join(self.options)
+        grads = arguments([f"d{name}?" for name in self.outputs])
+        forward = f"({tensors}, {options}) -> ({', '.join(['Tensor'] * len(self.outputs))})"
+        backward = (
+            f"({grads}, {arguments(self.outputs)}, {tensors}, {options}, bool packed)"
+            f" -> ({', '.join(['Tensor'] * len(self.gradients))})"
+        )
+        return forward, backward
+
+
+def empty_gradient(like: Tensor) -> Tensor:
+    """Stands for "no gradient" in the fixed arity of a backward op."""
+    return like.new_empty(0)
+
+
+def define(
+    family: Family,
+    backend: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor, ...]],
+) -> None:
+    """Register one backend's overloads. forward(*tensors, *options); backward(*grads, *outputs, *tensors,
+    *options, packed)."""
+    n_tensors, n_outputs = len(family.tensors), len(family.outputs)
+
+    def fake_forward(*args: Any) -> tuple[Tensor, ...]:
+        return family.fake_fwd(args[:n_tensors], args[n_tensors:])
+
+    def fake_backward(*args: Any) -> tuple[Tensor, ...]:
+        rest = args[n_outputs:]
+        tensors = rest[n_outputs : n_outputs + n_tensors]
+        return family.fake_bwd(rest[:n_outputs], tensors, rest[n_outputs + n_tensors : -1], args[-1])
+
+    fwd_schema, bwd_schema = family.schemas()
+    directions: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
+        (f"{family.name}_fwd", fwd_schema, forward, fake_forward),
+        (f"{family.name}_bwd", bwd_schema, backward, fake_backward),
+    )
+    for op, schema, implementation, fake in directions:
+        name = f"{op}.{backend}"
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, implementation, "CPU")
+        LIBRARY.impl(name, implementation, "CUDA")
+        torch.library.register_fake(f"vicinal::{name}", fake, lib=LIBRARY)
+
+
+def autograd_function(
+    family: Family, finish: Callable[..., list[Tensor | None]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """apply(backend, packed, options, *tensors) -> outputs, differentiable once.
+
+    When packed, the first tensor is [B, *space, 3, H, D] and the next two are None. finish(grads, tensors)
+    turns the op's gradients (one per family.gradients, None where there is none) into those of all tensors.
+    """
+    fwd = getattr(torch.ops.vicinal, f"{family.name}_fwd")
+    bwd = getattr(torch.ops.vicinal, f"{family.name}_bwd")
+    n_outputs = len(family.outputs)
+
+    def run(
+        backend: str, packed: bool, options: tuple[Any, ...], tensors: Sequence[Any]
+    ) -> tuple[Tensor, ...]:
+        if packed:
+            return getattr(fwd, backend)(*tensors[0].unbind(-3), *tensors[3:], *options)
+        return getattr(fwd, backend)(*tensors, *options)
+
+    def save(ctx: Any, settings: tuple[Any, ...], tensors: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+        ctx.save_for_backward(*outputs, *tensors)
+        ctx.backend, ctx.packed, ctx.options = settings
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        outputs, tensors = saved[:n_outputs], saved[n_outputs:]
+        split = (*tensors[0].unbind(-3), *tensors[3:]) if ctx.packed else tensors
+        if grads[0] is None:
+            grads = (torch.zeros_like(outputs[0]), *grads[1:])
+        raw = getattr(bwd, ctx.backend)(*grads, *outputs, *split, *ctx.options, ctx.packed)
+        found = [None if g.dim() == 1 and g.numel() == 0 else g for g in raw]
+        return (None, None, None, *finish(found, split, ctx.packed))
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, backend: str, packed: bool, options: Any, *tensors: Any) -> tuple[Tensor, ...]:
+            outputs = run(backend, packed, options, tensors)
+            save(ctx, (backend, packed, options), tensors, outputs)
+            return outputs
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            return differentiate(ctx, *grads)
+
+    class Transformable(torch.autograd.Function):
+        """The twin for torch.func: functorch wants a separate setup_context, and a rule for vmap."""
+
+        @staticmethod
+        def forward(backend: str, packed: bool, options: Any, *tensors: Any) -> tuple[Tensor, ...]:
+            return run(backend, packed, options, tensors)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            save(ctx, inputs[:3], inputs[3:], output)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            return differentiate(ctx, *grads)
+
+        @staticmethod
+        def vmap(
+            info: Any, in_dims: tuple[Any, ...], backend: str, packed: bool, options: Any, *tensors: Any
+        ) -> Any:
+            """One call per example: options and small tensors may differ between them."""
+            dims = in_dims[3:]
+            results = [
+                Transformable.apply(
+                    backend,
+                    packed,
+                    options,
+                    *[t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True)],
+                )
+                for i in range(info.batch_size)
+            ]
+            outputs = tuple(torch.stack(column) for column in zip(*results, strict=True))
+            return outputs, tuple(0 for _ in outputs)
+
+    def apply(backend: str, packed: bool, options: tuple[Any, ...], *tensors: Any) -> tuple[Tensor, ...]:
+        if torch._C._are_functorch_transforms_active():
+            return Transformable.apply(backend, packed, options, *tensors)
+        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+            return run(backend, packed, options, tensors)
+        return Differentiable.apply(backend, packed, options, *tensors)
+
+    return apply

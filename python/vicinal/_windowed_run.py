@@ -1,0 +1,334 @@
+"""From a windowed call to a backend: cast, check, choose, bring the options to the kernels' form, run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _backends, reference
+from . import _windowed_check as check
+from ._attend import accumulator, flat
+from ._windowed_op import Geometry, Group, windowed_op
+from ._windowed_types import RelativeBias, Size, Windows, per_axis
+
+LOG_100 = 4.605170185988092
+
+# device, dtype, head_dim, head_dim_v, features, arch: constants to torch.compile, which makes no Problem
+ProblemKey = tuple[str, torch.dtype, int, int, tuple[str, ...], int | None]
+
+
+def geometry_of(windows: Windows, rank: int) -> Geometry:
+    return _geometry(windows, rank, "none")[0]
+
+
+@lru_cache(maxsize=1024)
+def _geometry(windows: Windows, rank: int, bias: str) -> tuple[Geometry, str]:
+    """The ops' geometry of these windows on a grid of this rank, and its text."""
+    if windows.head_groups is not None:
+        groups = tuple(
+            Group(n, per_axis(size, rank), per_axis(s, rank)) for n, size, s in windows.head_groups
+        )
+    else:
+        assert windows.size is not None
+        groups = (Group(0, per_axis(windows.size, rank), per_axis(windows.shift, rank)),)
+    kv = () if windows.kv_size is None else per_axis(windows.kv_size, rank)
+    q = () if windows.q_size is None else per_axis(windows.q_size, rank)
+    geometry = Geometry(windows.partition, windows.pad_order, windows.pad_side, bias, kv, q, groups)
+    return geometry, geometry.encode()
+
+
+def as_windows(windows: Windows | Size) -> Windows:
+    return windows if isinstance(windows, Windows) else _from_size(windows)
+
+
+@lru_cache(maxsize=1024)
+def _from_size(size: Size) -> Windows:
+    return Windows(size)
+
+
+@dataclass(slots=True)
+class Call:
+    """Checked arguments."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    windows: Windows
+    bias: Tensor | RelativeBias | None
+    scale: float | None
+    logit_scale: Tensor | None
+    edge_k: Tensor | None
+    edge_v: Tensor | None
+    extra_k: Tensor | None
+    extra_v: Tensor | None
+    extra_bias: Tensor | None
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    activation: str
+    dropout_p: float
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, windows: Windows | Size, *options: Any, **named: Any) -> Call:
+    """Cast under autocast, check, and name the arguments."""
+    check.check_qkv_types(q, k, v)
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    call = Call(q, k, v, as_windows(check.check_window_type(windows, Windows)), *options, **named)
+    if isinstance(call.bias, Tensor) and call.bias.dim() == 2:
+        call.bias = RelativeBias(call.bias)
+    check.check_call(call, RelativeBias)
+    return call
+
+
+@torch.compiler.assume_constant_result
+def choose(key: ProblemKey, backend: str | None) -> str:
+    return _backends.select(problem_of(key), backend)
+
+
+def problem_of(key: ProblemKey) -> _backends.Problem:
+    device, dtype, head_dim, head_dim_v, features, arch = key
+    return _backends.Problem("windowed", device, dtype, head_dim, head_dim_v, frozenset(features), arch)
+
+
+def select(call: Call, backend: str | None) -> str:
+    return choose(problem_key(call), backend)
+
+
+def problem_key(call: Call) -> ProblemKey:
+    q, features = call.q, []
+    if call.activation != "softmax":
+        features.append(call.activation)
+    if call.dropout_p > 0:
+        features.append("dropout")
+    arch = None
+    if q.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(q.device)
+        arch = major * 10 + minor
+    return q.device.type, q.dtype, int(q.shape[-1]), int(call.v.shape[-1]), tuple(features), arch
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, qkv: Tensor | None, windows: Any, options: tuple[Any, ...], backend: Any
+) -> tuple[Tensor, Tensor]:
+    """out and lse. qkv: the packed tensor whose views q, k and v are, or None. options: as Call has them."""
+    key = _signature(q, k, v, windows, options, backend)
+    known = None if key is None else _settled.get(key)
+    if known is not None:
+        return _run_settled(known, q, k, v, qkv, options[0])
+    call = prepare(q, k, v, windows, *options)
+    chosen = select(call, backend)
+    seed = None
+    if call.dropout_p > 0:
+        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=call.q.device)
+    if chosen == "reference":
+        return run_reference(call, seed)
+    if key is not None:
+        _settle(key, call, chosen)
+    return _run_op(call, chosen, qkv, seed)
+
+
+# What was found for the first call of a signature: backend, geometry text, scale, mask value.
+Settled = tuple[str, str, float, float]
+_settled: dict[Any, Settled] = {}
+_backends.on_change(_settled.clear)
+
+
+def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], backend: Any) -> Any:
+    """What decides the checks and the choice of a call with no tensors but q, k, v and a bias; else None."""
+    bias, scale, a, b, c, d, e, f, g, h, activation, dropout_p = options
+    if not (a is b is c is d is e is f is g is h is None and activation == "softmax" and dropout_p == 0):
+        return None
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        return None
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(q.device.type):
+        return None
+    if bias is not None and not isinstance(bias, Tensor):
+        return None
+    if (
+        not isinstance(windows, (Windows, int))
+        or isinstance(windows, bool)
+        or not isinstance(scale, (float, NoneType))
+    ):
+        return None
+    if isinstance(windows, Windows) and windows.edge != "mask":  # pads read an edge row
+        return None
+    table = None if bias is None else (bias.shape, bias.dtype, bias.device)
+    tensors = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
+    return (*tensors, table, windows, scale, backend)
+
+
+def _settle(key: Any, call: Call, chosen: str) -> None:
+    kind = "none" if call.bias is None else "q-k" if isinstance(call.bias, RelativeBias) else "dense"
+    _, text = _geometry(call.windows, call.q.dim() - 3, kind)
+    if len(_settled) >= 4096:
+        _settled.clear()
+    _settled[key] = (chosen, text, _scales(call)[0], call.windows.mask_value)
+
+
+def _run_settled(
+    known: Settled, q: Tensor, k: Tensor, v: Tensor, qkv: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    backend, text, scale, mask_value = known
+    if bias is not None:
+        bias = bias.t() if bias.dim() == 2 else bias.flatten(-2).reshape(q.shape[-2], -1)
+        bias = bias.to(accumulator(q.dtype)).contiguous()
+    first = (q, k, v) if qkv is None else (qkv, None, None)
+    options = (text, scale, mask_value, 0, "softmax", 0.0)
+    out, lse = windowed_op(backend, qkv is not None, options, *first, bias, *[None] * 7)
+    return out, lse
+
+
+def _run_op(call: Call, backend: str, qkv: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    acc = accumulator(call.q.dtype)
+    kind, table = _table(call, acc)
+    _, text = _geometry(call.windows, call.q.dim() - 3, kind)
+    scale, q_scale, k_scale = _scales(call)
+    edge_row, extra_k, extra_v = _extras(call)
+    mask = call.attn_mask
+    if mask is not None:
+        mask = (mask if mask.dim() == 4 else mask[:, None]).to(acc).contiguous()
+    mask_value = call.windows.mask_value if call.activation == "softmax" else -torch.inf
+    first = (call.q, call.k, call.v) if qkv is None else (qkv, None, None)
+    tensors = (*first, table, q_scale, k_scale, extra_k, extra_v, _key_bias(call, acc), mask, seed)
+    options = (text, scale, mask_value, edge_row, call.activation, call.dropout_p)
+    out, lse = windowed_op(backend, qkv is not None, options, *tensors)
+    return out, lse
+
+
+def _table(call: Call, acc: torch.dtype) -> tuple[str, Tensor | None]:
+    """What the codes of the plan index, and the table [h, T (+ M extra keys)] in the accumulation type."""
+    bias, heads = call.bias, call.q.shape[-2]
+    kind, table = "none", None
+    if isinstance(bias, RelativeBias):
+        kind, table = _relative_table(call, bias)
+    elif bias is not None:
+        kind, table = "dense", bias.flatten(-2).reshape(heads, -1)
+    if call.extra_k is not None and (table is not None or call.extra_bias is not None):
+        base = call.q.new_zeros(heads, 1, dtype=acc) if table is None else table.to(acc)
+        extra = call.extra_bias
+        extra = base.new_zeros(heads, call.extra_k.shape[1]) if extra is None else extra.to(acc)
+        table = torch.cat([base, extra], 1)
+    return kind, None if table is None else table.to(acc).contiguous()
+
+
+def _relative_table(call: Call, bias: RelativeBias) -> tuple[str, Tensor]:
+    """Signed tables of the window in use go to the kernel; every other form is gathered here,
+    differentiably."""
+    q_window, k_window = bias_windows(call)
+    if isinstance(bias.index, Tensor) or (bias.window is not None and bias.window != q_window):
+        return "dense", bias.dense(q_window, k_window).flatten(1)
+    if bias.index != "abs":
+        return bias.index, bias.table.t()
+    offsets = [torch.arange(1 - w, w, device=bias.table.device).abs() for w in q_window]
+    index = torch.zeros(1, dtype=torch.long, device=bias.table.device)
+    for w, offset in zip(q_window, offsets, strict=True):
+        index = (index[:, None] * w + offset).flatten()
+    return "q-k", bias.table[index].t()
+
+
+def bias_windows(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The query window and the key window that a bias table is made for (those of the first head group)."""
+    geometry = geometry_of(call.windows, call.q.dim() - 3)
+    axes = geometry.axes(geometry.groups[0], tuple(call.q.shape[1:-2]), tuple(call.k.shape[1:-2]))
+    return tuple(a.q_window for a in axes), tuple(a.kv or a.window for a in axes)
+
+
+def _scales(call: Call) -> tuple[float, Tensor | None, Tensor | None]:
+    """The factor of q.k, and for cosine attention tau / |q| [B, *Sq, h] and 1 / |k| [B, *S, h]."""
+    if call.logit_scale is None:
+        return (call.q.shape[-1] ** -0.5 if call.scale is None else float(call.scale)), None, None
+    acc = accumulator(call.q.dtype)
+    tau = call.logit_scale.to(acc).flatten().clamp(max=LOG_100).exp()
+    return 1.0, tau / _norm(call.q, acc), 1.0 / _norm(call.k, acc)
+
+
+def _norm(x: Tensor, acc: torch.dtype) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=acc).clamp_min(1e-12)
+
+
+def _extras(call: Call) -> tuple[int, Tensor | None, Tensor | None]:
+    """1 if pads read an edge row, and the extra rows [1 or B, E, h, d]: the edge row first, then the extra
+    keys."""
+    edge_row = int(call.windows.edge != "mask")
+    extra_k = None if call.extra_k is None else call.extra_k.to(call.q.dtype)
+    extra_v = None if call.extra_v is None else call.extra_v.to(call.q.dtype)
+    if edge_row:
+        extra_k = _with_edge(call.edge_k, extra_k, call.k)
+        extra_v = _with_edge(call.edge_v, extra_v, call.v)
+    if extra_k is not None and call.logit_scale is not None:
+        acc = accumulator(call.q.dtype)
+        extra_k = (extra_k.to(acc) / _norm(extra_k, acc)[..., None]).to(call.q.dtype)
+    return edge_row, extra_k, extra_v
+
+
+def _with_edge(edge: Tensor | None, extra: Tensor | None, like: Tensor) -> Tensor:
+    heads, dim = like.shape[-2:]
+    row = like.new_zeros(1, 1, heads, dim) if edge is None else edge.to(like.dtype)[None, None]
+    return row if extra is None else torch.cat([row.expand(extra.shape[0], -1, -1, -1), extra], 1)
+
+
+def _key_bias(call: Call, acc: torch.dtype) -> Tensor | None:
+    """key_padding_mask as [B, N] in the accumulation type, -inf where ignored."""
+    mask = call.key_padding_mask
+    if mask is None:
+        return None
+    mask = mask.reshape(mask.shape[0], -1)
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=acc, device=mask.device).masked_fill(mask, -torch.inf)
+    return mask.to(acc)
+
+
+def run_reference(
+    call: Call, seed: Tensor | None, compute_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, one head group after the other. compute_dtype: instead of the accumulation type."""
+    q, k, v, windows = flat(call.q), flat(call.k), flat(call.v), call.windows
+    geometry = geometry_of(windows, call.q.dim() - 3)
+    bias = call.bias.dense(*bias_windows(call)) if isinstance(call.bias, RelativeBias) else call.bias
+    outs, lses, first = [], [], 0
+    for group in geometry.groups:
+        last = first + (group.heads or q.shape[2])
+
+        def part(x: Tensor | None, dim: int, span: slice = slice(first, last)) -> Tensor | None:
+            return None if x is None else x.narrow(dim, span.start, span.stop - span.start)
+
+        mask = call.attn_mask
+        out, lse = reference.windowed(
+            q[:, :, first:last],
+            k[:, :, first:last],
+            v[:, :, first:last],
+            geometry.axes(group, tuple(call.q.shape[1:-2]), tuple(call.k.shape[1:-2])),
+            partition=windows.partition,
+            pad_order=windows.pad_order,
+            pad_side=windows.pad_side,
+            edge=windows.edge,
+            mask_value=windows.mask_value,
+            scale=call.scale,
+            bias=None if bias is None else part(bias.reshape(q.shape[2], *bias.shape[-2:]), 0),
+            logit_scale=None if call.logit_scale is None else part(call.logit_scale.flatten(), 0),
+            edge_k=part(call.edge_k, 0),
+            edge_v=part(call.edge_v, 0),
+            extra_k=part(call.extra_k, 2),
+            extra_v=part(call.extra_v, 2),
+            extra_bias=part(call.extra_bias, 0),
+            key_bias=_key_bias(call, accumulator(q.dtype)),
+            attn_mask=mask if mask is None or mask.dim() == 3 or mask.shape[1] == 1 else part(mask, 1),
+            activation=call.activation,
+            dropout_p=call.dropout_p,
+            seed=seed,
+            head_offset=first,
+            head_total=q.shape[2],
+            compute_dtype=compute_dtype,
+        )
+        outs.append(out)
+        lses.append(lse.to(accumulator(q.dtype)))
+        first = last
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+    lse = lses[0] if len(lses) == 1 else torch.cat(lses, 2)
+    return out.view(*call.q.shape[:-1], v.shape[-1]), lse.view(call.q.shape[:-1])
