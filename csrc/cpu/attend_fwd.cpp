@@ -16,7 +16,7 @@ struct Forward : Block<S, T> {
   T top[kBlockQueries], sum[kBlockQueries],
       inverse[kBlockQueries];  // per query: maximum, sum of exp, 1 / sum
 
-  explicit Forward(const AttendFwd& params) : Base(params.a), p(params) {}
+  explicit Forward(const AttendFwd& params) : Base(params.a), p(params) { this->write_q = p.out; }
 
   void carve(cpu::Arena& arena, int32_t group_heads) {
     Base::carve(arena, group_heads);
@@ -29,6 +29,7 @@ struct Forward : Block<S, T> {
     const int32_t size = round_up((now->nq + blocks - 1) / blocks, kN);
     for (int32_t h = h0; h < h1; ++h) {
       this->pack_keys(h);
+      this->look_ahead(h, h0, h1, blocks * ((now->nk + 7) / 8 + (size + 11) / 12));
       for (int32_t begin = 0; begin < now->nq; begin += size) {
         this->set_block(begin, now->nq - begin < size ? now->nq - begin : size);
         block(h);
@@ -37,7 +38,6 @@ struct Forward : Block<S, T> {
   }
 
   void block(int32_t h) {
-    this->prefetch_queries(a.q, h, D);
     this->pack_queries(a.q, h, D, Dp, T(a.scale), this->q_scales(h), this->unit, this->q, this->q_rows,
                        false);
     this->scores(h, T(1));
@@ -45,12 +45,13 @@ struct Forward : Block<S, T> {
     for (int32_t u = 0; u < this->tails; ++u) tail_weights(this->column_of_tail(u));
     finish_sums(h);
     if (a.dropout_p > 0) this->drop(h, s);
-    gemm_columns(Gemm<T>{s, kBlockQueries, this->v, Dvp, nullptr, 0, o, Dvp}, n, now->nk, Dvp / kN);
+    gemm_columns(Gemm<T>{s, kBlockQueries, this->v, Dvp, nullptr, 0, o, Dvp, &this->ahead}, n, now->nk,
+                 Dvp / kN);
     write(h);
   }
 
   // A vector of queries: weights in place, top and sum at c.
-  void weights(T* x, int64_t stride, int32_t nk, int32_t c) {
+  [[gnu::noinline]] void weights(T* x, int64_t stride, int32_t nk, int32_t c) {
     const bool softmax = a.activation == kSoftmax;
     if (softmax || p.lse) {
       const Vec<T> lowest = splat(-T(__builtin_inf()));
@@ -69,7 +70,7 @@ struct Forward : Block<S, T> {
     for (int32_t j = 0; j < nk; ++j) store(x + j * stride, activate<T>(a.activation, load(x + j * stride)));
   }
   // The same for one query: its keys become the lanes.
-  void tail_weights(int32_t c) {
+  [[gnu::noinline]] void tail_weights(int32_t c) {
     const int32_t nk = now->nk;
     for (int32_t j = 0; j < nk; ++j) column[j] = s[int64_t(j) * kBlockQueries + c];
     for (int32_t j = nk; j < round_up(nk, kN); ++j) column[j] = -T(__builtin_inf());
@@ -99,7 +100,7 @@ struct Forward : Block<S, T> {
   }
 
   // 1 / sum, and lse to memory.
-  void finish_sums(int32_t h) {
+  [[gnu::noinline]] void finish_sums(int32_t h) {
     const bool softmax = a.activation == kSoftmax;
     T lse[kBlockQueries];
     for (int32_t c = 0; c < n; c += kN) {
@@ -113,7 +114,7 @@ struct Forward : Block<S, T> {
       if (token >= 0) static_cast<T*>(p.lse)[(now->b * a.n_q + token) * p.lse_stride_n + h] = lse[c];
     }
   }
-  void write(int32_t h) {
+  [[gnu::noinline]] void write(int32_t h) {
     const bool softmax = a.activation == kSoftmax;
     for (int32_t c = 0; c < n; ++c) {
       const int32_t token = now->q_token[q0 + c];

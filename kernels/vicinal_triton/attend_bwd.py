@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .rows import across, down, key_slots, load_box, load_flags, load_key_rows, load_rows, load_scalars
 from .rows import query_slots, store_rows, store_scalars
-from .scores import dropout_keep, finish_scores
+from .scores import dropout_keep, finish_scores, load_added
 
 
 class Inputs(NamedTuple):
@@ -55,7 +55,9 @@ class BiasGrad(NamedTuple):
 
 
 @triton.jit
-def store_key_rows(X, part, at, b, h, keys, flags, grad, EDGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_key_rows(
+    X, part, at, b, h, keys, flags, grad, EDGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """The gradient of key or value slots [S, BLOCK_D]: tokens to X, extra rows to their share `at` of `part`."""
     store_rows(X, b, h, keys.token, keys.token >= 0, grad, D, BLOCK_D)
     if part is not None:
@@ -92,7 +94,9 @@ def attend_bwd_delta_kernel(
         d = tl.arange(0, BLOCK_DV)
         mask = ok[:, None] & (d < DV)[None, :]
         out_at = Out.data + h * Out.stride_h + (b * Out.stride_b + token * Out.stride_n)[:, None] + d[None, :]
-        dout_at = DOut.data + h * DOut.stride_h + (b * DOut.stride_b + token * DOut.stride_n)[:, None] + d[None, :]
+        dout_at = (
+            DOut.data + h * DOut.stride_h + (b * DOut.stride_b + token * DOut.stride_n)[:, None] + d[None, :]
+        )
         out = tl.load(out_at, mask=mask, other=0.0).to(ACC)
         delta = tl.sum(out * tl.load(dout_at, mask=mask, other=0.0).to(ACC), 1)
     if DLse is not None:
@@ -125,14 +129,19 @@ def attend_bwd_tile_kernel(
         window = b * n_rows + row
         flags = load_flags(plan, row)
         queries = query_slots(plan, load_box(plan, row, 0), tl.arange(0, BLOCK_Q), b, h, terms.q_scale, ACC)
-        keys = key_slots(plan, load_box(plan, row, 1), tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
+        keys = key_slots(
+            plan, load_box(plan, row, 1), tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC
+        )
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
+        added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
-        s = finish_scores(kq, across(queries), down(keys), terms, window, h, flags, scale, mask_value,
-                          REGIONS, APPENDED)
+        s = finish_scores(kq, added, across(queries), down(keys), flags, scale, mask_value, REGIONS, APPENDED)
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
         weights = WEIGHTS(s, lse)
+        if SOFTMAX:  # the rounding of lse, one factor per query, would not cancel in weights * (dp - rowsum)
+            mass = tl.sum(weights, 0)
+            weights *= tl.where(mass > 0.0, 1.0 / tl.where(mass > 0.0, mass, 1.0), 0.0)[None, :]
 
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
         v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
@@ -159,8 +168,11 @@ def attend_bwd_tile_kernel(
         dk *= keys.factor[:, None] * scale
         store_key_rows(grads.dk, grads.part_k, window, b, h, keys, flags, dk, EDGE, D, BLOCK_D)
         # ds is a right operand here: a transposed result as left operand is what Triton miscompiles.
-        dq = tl.trans(tl.dot(tl.trans(k), (ds * keys.factor[:, None]).to(k.dtype), input_precision=PRECISION,
-                             out_dtype=ACC))  # [BLOCK_Q, BLOCK_D]
+        dq = tl.trans(
+            tl.dot(
+                tl.trans(k), (ds * keys.factor[:, None]).to(k.dtype), input_precision=PRECISION, out_dtype=ACC
+            )
+        )  # [BLOCK_Q, BLOCK_D]
         store_rows(DQ, b, h, queries.token, queries.ok, dq * queries.factor[:, None] * scale, D, BLOCK_D)
     if dbias is not None:
         to = dbias.data + part * dbias.stride_c + h * dbias.stride_h
@@ -201,9 +213,9 @@ def attend_bwd_q_kernel(
         keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
         v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
+        added = load_added(down(queries), across(keys), terms, window, h, APPENDED)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
-        s = finish_scores(qk, down(queries), across(keys), terms, window, h, flags, scale, mask_value,
-                          REGIONS, APPENDED)
+        s = finish_scores(qk, added, down(queries), across(keys), flags, scale, mask_value, REGIONS, APPENDED)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if dropout is not None:
             keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
@@ -233,7 +245,9 @@ def attend_bwd_kv_kernel(
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
     first = (tile % k_tiles).to(tl.int32) * BLOCK_K
-    keys = key_slots(plan, load_box(plan, row, 1), first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
+    keys = key_slots(
+        plan, load_box(plan, row, 1), first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC
+    )
     k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
     v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
     box = load_box(plan, row, 0)
@@ -249,9 +263,9 @@ def attend_bwd_kv_kernel(
         delta = load_delta(x.delta, b, h, queries)
         if delta is not None:
             delta = delta[None, :]
+        added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
-        s = finish_scores(kq, across(queries), down(keys), terms, window, h, flags, scale, mask_value,
-                          REGIONS, APPENDED)
+        s = finish_scores(kq, added, across(queries), down(keys), flags, scale, mask_value, REGIONS, APPENDED)
         weights = WEIGHTS(s, lse)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
         kept = weights
@@ -267,7 +281,9 @@ def attend_bwd_kv_kernel(
     store_key_rows(grads.dv, grads.part_v, tile, b, h, keys, flags, dv, EDGE, DV, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "items", "listed", "chunk", "q_tiles", "k_tiles"])
+@triton.jit(
+    do_not_specialize=["n_rows", "heads", "n_extra", "items", "listed", "chunk", "q_tiles", "k_tiles"]
+)
 def attend_bwd_bias_kernel(
     x, dbias, plan, terms, dropout,
     scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items, listed, chunk,
@@ -296,10 +312,19 @@ def attend_bwd_bias_kernel(
         keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)
+        added = load_added(down(queries), across(keys), terms, window, h, APPENDED)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
-        s = finish_scores(qk, down(queries), across(keys), terms, window, h, load_flags(plan, row), scale,
-                          mask_value,
-                          REGIONS, APPENDED)
+        s = finish_scores(
+            qk,
+            added,
+            down(queries),
+            across(keys),
+            load_flags(plan, row),
+            scale,
+            mask_value,
+            REGIONS,
+            APPENDED,
+        )
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)
         v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
@@ -311,5 +336,10 @@ def attend_bwd_bias_kernel(
         if delta is not None:
             delta = delta[:, None]
         total += SLOPE(s, WEIGHTS(s, lse), dp, lse, delta)
-    to = dbias.data + part * dbias.stride_c + h * dbias.stride_h + q_slot.to(tl.int64)[:, None] * dbias.stride_q
+    to = (
+        dbias.data
+        + part * dbias.stride_c
+        + h * dbias.stride_h
+        + q_slot.to(tl.int64)[:, None] * dbias.stride_q
+    )
     tl.store(to + (first + tl.arange(0, BLOCK_K))[None, :], total)

@@ -74,19 +74,18 @@ def load_flags(plan, row):
 def slot_entries(plan, box, slot):
     """token (-1 outside the box), region, code [S] of slots: sums over the three axes; boxed [S]: the slot lies in the box.
 
-    Whole entries are loaded, as one tile [S, 4]: the compiler repeats smaller loads, and the divisions before them, in
-    every layout that needs a field. Slots outside the box read its last one, so that every code is a valid one."""
+    A field is loaded as one tile [S, 4], its last column entry 0, and summed: the compiler repeats smaller loads, and the
+    divisions before them, in every layout that needs a field. Slots outside the box read its last one, so that every
+    code is a valid one."""
     boxed = slot < box.slots
     inside = tl.minimum(slot, box.slots - 1)
     rest = inside // box.extent2
-    field = tl.arange(0, 4)[None, :]
-    entry = tl.load(plan.axes + (box.begin0 + rest // box.extent1)[:, None] * 4 + field)
-    entry += tl.load(plan.axes + (box.begin1 + rest % box.extent1)[:, None] * 4 + field)
-    entry += tl.load(plan.axes + (box.begin2 + inside % box.extent2)[:, None] * 4 + field)
-    token_code, region_coord = tl.split(tl.reshape(entry, (slot.shape[0], 2, 2)))
-    token, code = tl.split(token_code)
-    region, _ = tl.split(region_coord)
-    return tl.where(boxed, token, -1), region, code, boxed
+    axis = tl.arange(0, 4)[None, :]
+    entry = tl.where(axis == 2, (box.begin2 + inside % box.extent2)[:, None], 0)
+    entry = tl.where(axis == 1, (box.begin1 + rest % box.extent1)[:, None], entry)
+    at = plan.axes + tl.where(axis == 0, (box.begin0 + rest // box.extent1)[:, None], entry) * 4
+    token = tl.sum(tl.load(at), 1)
+    return tl.where(boxed, token, -1), tl.sum(tl.load(at + 1), 1), tl.sum(tl.load(at + 2), 1), boxed
 
 
 @triton.jit
@@ -145,7 +144,9 @@ def query_slots(plan, box, slot, b, h, q_scale, ACC: tl.constexpr):
 
 
 @triton.jit
-def key_slots(plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, APPENDED: tl.constexpr, ACC: tl.constexpr):
+def key_slots(
+    plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, APPENDED: tl.constexpr, ACC: tl.constexpr
+):
     """The key slots [S] of a plan row: its key box, then the extra rows from EDGE on."""
     token, region, code, boxed = slot_entries(plan, box, slot)
     extra = token * 0 - 1
@@ -171,12 +172,30 @@ def key_slots(plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, APPENDE
 @triton.jit
 def down(s):
     """Slots as a column [S, 1]."""
-    return Slots(s.slot[:, None], s.token[:, None], s.extra[:, None], s.ok[:, None], s.boxed[:, None],
-                 s.region[:, None], s.code[:, None], s.factor[:, None], s.shift[:, None])
+    return Slots(
+        s.slot[:, None],
+        s.token[:, None],
+        s.extra[:, None],
+        s.ok[:, None],
+        s.boxed[:, None],
+        s.region[:, None],
+        s.code[:, None],
+        s.factor[:, None],
+        s.shift[:, None],
+    )
 
 
 @triton.jit
 def across(s):
     """Slots as a row [1, S]."""
-    return Slots(s.slot[None, :], s.token[None, :], s.extra[None, :], s.ok[None, :], s.boxed[None, :],
-                 s.region[None, :], s.code[None, :], s.factor[None, :], s.shift[None, :])
+    return Slots(
+        s.slot[None, :],
+        s.token[None, :],
+        s.extra[None, :],
+        s.ok[None, :],
+        s.boxed[None, :],
+        s.region[None, :],
+        s.code[None, :],
+        s.factor[None, :],
+        s.shift[None, :],
+    )
