@@ -70,11 +70,11 @@ def store_key_rows(X, part, at, b, h, keys, flags, grad, EDGE: tl.constexpr, D: 
 
 @triton.jit
 def load_delta(delta, b, h, queries):
-    """delta [Q] of the query slots, or None."""
-    if delta is None:
-        return None
-    else:
-        return load_scalars(delta, b, h, queries.token, queries.ok, 0.0)
+    """delta [Q] of the query slots, 0 where there is none."""
+    values = queries.factor * 0.0
+    if delta is not None:
+        values = load_scalars(delta, b, h, queries.token, queries.ok, 0.0)
+    return values
 
 
 @triton.jit(do_not_specialize=["n_tokens", "heads", "n_q"])
@@ -149,14 +149,8 @@ def attend_bwd_tile_kernel(
         store_key_rows(grads.dv, grads.part_v, window, b, h, keys, flags, dv, EDGE, DV, BLOCK_DV)
 
         delta = load_delta(x.delta, b, h, queries)
-        if SOFTMAX:
-            rowsum = tl.sum(weights * dp, 0)
-            delta = rowsum if delta is None else rowsum - delta
-        elif delta is not None:
-            delta = -delta
-        if delta is not None:
-            delta = delta[None, :]
-        ds = SLOPE(s, weights, dp, lse, delta)
+        delta = (tl.sum(weights * dp, 0) if SOFTMAX else 0.0) - delta
+        ds = SLOPE(s, weights, dp, lse, delta[None, :], x.delta is not None)
         total += ds
         dk = tl.dot((ds * queries.factor[None, :]).to(q.dtype), q, input_precision=PRECISION, out_dtype=ACC)
         dk *= keys.factor[:, None] * scale
@@ -193,9 +187,7 @@ def attend_bwd_q_kernel(
     q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
     dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
     lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))
-    delta = load_delta(x.delta, b, h, queries)
-    if delta is not None:
-        delta = delta[:, None]
+    delta = load_delta(x.delta, b, h, queries)[:, None]
     box = load_box(plan, row, 1)
     flags = load_flags(plan, row)
 
@@ -211,7 +203,7 @@ def attend_bwd_q_kernel(
         if dropout is not None:
             keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
-        ds = SLOPE(s, WEIGHTS(s, lse[:, None]), dp, lse[:, None], delta) * keys.factor[None, :]
+        ds = SLOPE(s, WEIGHTS(s, lse[:, None]), dp, lse[:, None], delta, x.delta is not None) * keys.factor[None, :]
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
     dq *= queries.factor[:, None] * scale
     store_rows(DQ, b, h, queries.token, queries.ok, dq, D, BLOCK_D)
@@ -249,9 +241,7 @@ def attend_bwd_kv_kernel(
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
-        delta = load_delta(x.delta, b, h, queries)
-        if delta is not None:
-            delta = delta[None, :]
+        delta = load_delta(x.delta, b, h, queries)[None, :]
         added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
         s = finish_scores(kq, added, across(queries), down(keys), flags, scale, mask_value, REGIONS, APPENDED)
@@ -263,7 +253,7 @@ def attend_bwd_kv_kernel(
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
             kept = tl.where(keep, weights * tl.full((1, 1), keep_scale, ACC), 0.0)
         dv += tl.dot(kept.to(dout.dtype), dout, input_precision=PRECISION, out_dtype=ACC)
-        ds = SLOPE(s, weights, dp, lse, delta) * queries.factor[None, :]
+        ds = SLOPE(s, weights, dp, lse, delta, x.delta is not None) * queries.factor[None, :]
         dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION, out_dtype=ACC)
     dk *= keys.factor[:, None] * scale
     store_key_rows(grads.dk, grads.part_k, tile, b, h, keys, flags, dk, EDGE, D, BLOCK_D)
@@ -309,9 +299,7 @@ def attend_bwd_bias_kernel(
             keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[:, None]
-        delta = load_delta(x.delta, b, h, queries)
-        if delta is not None:
-            delta = delta[:, None]
-        total += SLOPE(s, WEIGHTS(s, lse), dp, lse, delta)
+        delta = load_delta(x.delta, b, h, queries)[:, None]
+        total += SLOPE(s, WEIGHTS(s, lse), dp, lse, delta, x.delta is not None)
     to = dbias.data + part * dbias.stride_c + h * dbias.stride_h + q_slot.to(tl.int64)[:, None] * dbias.stride_q
     tl.store(to + (first + tl.arange(0, BLOCK_K))[None, :], total)

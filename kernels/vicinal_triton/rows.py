@@ -124,12 +124,16 @@ def store_rows(X, b, h, token, ok, values, D: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 def load_key_rows(X, EXTRA, b, h, keys, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Key or value rows [S, BLOCK_D] of key slots: tokens, and extra rows where the slot names one."""
-    tile = load_rows(X, b, h, keys.token, keys.ok & (keys.token >= 0), D, BLOCK_D)
+    """Key or value rows [S, BLOCK_D] of key slots: tokens, and extra rows where the slot names one.
+
+    One load through chosen pointers: to choose between two loaded tiles costs a second load, and Triton 3.7.1 fails to
+    compile it with some other options."""
+    at = X.data + b * X.stride_b + h * X.stride_h + keys.token.to(tl.int64) * X.stride_n
     if EXTRA is not None:
-        extra = load_rows(EXTRA, b, h, keys.extra, keys.ok & (keys.extra >= 0), D, BLOCK_D)
-        tile = tl.where((keys.extra >= 0)[:, None], extra, tile)
-    return tile
+        extra_at = EXTRA.data + b * EXTRA.stride_b + h * EXTRA.stride_h + keys.extra.to(tl.int64) * EXTRA.stride_n
+        at = tl.where(keys.extra >= 0, extra_at, at)
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(at[:, None] + d[None, :], mask=keys.ok[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
