@@ -14,7 +14,8 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -92,7 +93,7 @@ def differences(reference: nn.Module, fast: nn.Module, x: Tensor) -> list[tuple[
     return lines
 
 
-def interleaved(runs: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
+def interleaved(runs: Mapping[str, Callable[[], object]], device: str) -> dict[str, float]:
     """Median seconds of each run, taken in turns so that a busy machine disturbs all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(RUNS + 1):
@@ -115,9 +116,9 @@ def peak_memory(accelerated: bool, training: bool, device: str, threads: int) ->
     step = training_step if training else forward
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         step(model, x)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
     step(model, x)
@@ -194,7 +195,7 @@ def progress(name: str, step: int, total: int, loss: float) -> None:
         print()
 
 
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Columns as wide as their widest cell, the first one left aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, tuple("-" * w for w in widths), *rows]:
@@ -267,7 +268,7 @@ def photographs_part(device: str) -> Tensor:
     memory = measure_memory(device)
     rows = []
     for training, (name, step) in enumerate({"forward": forward, "training step": training_step}.items()):
-        runs = {"reference": lambda s=step: s(reference, x), "accelerated": lambda s=step: s(fast, x)}
+        runs = {"reference": partial(step, reference, x), "accelerated": partial(step, fast, x)}
         seconds = interleaved(runs, device)
         for accelerated, (which, value) in enumerate(seconds.items()):
             ratio = f"{seconds['reference'] / value:.2f}x"
