@@ -46,7 +46,7 @@ def merge(x: Tensor, space: tuple[int, ...], window: tuple[int, ...], grid: bool
 
 
 def unfold(x: Tensor, group: Group) -> Tensor:
-    """[B, *S, h, d] -> [B, windows, M, h, d]: zero-padded key windows, centred on the smaller query windows."""
+    """[B, *S, h, d] -> [B, windows, M, h, d]: zero-padded key windows, centred on the query windows."""
     amounts: list[int] = [0, 0, 0, 0]
     for w, o in zip(reversed(group.window), reversed(group.k_window), strict=True):
         amounts += [(o - w) // 2, o - w - (o - w) // 2]
@@ -122,7 +122,7 @@ class Published:
     def windowed(
         self, tensors: tuple[Tensor, ...], group: Group, heads: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, windows, h, N, d] of one head group; a packed tensor is rolled and partitioned as one."""
+        """q, k, v [B, windows, h, N, d] of a head group; a packed tensor is rolled and partitioned as one."""
         if len(tensors) == 1 and group.k_window == group.window:
             x = split(self._rolled(tensors[0][..., heads, :], group), group.window, self.grid)
             q, k, v = x.permute(3, 0, 1, 4, 2, 5).unbind(0)

@@ -69,7 +69,11 @@ def launches(
 
 def compile_launch(kernel: Any, args: dict[str, Any], options: dict[str, int], arch: int) -> Any:
     driver.set_active(OfflineDriver(arch))
-    return kernel.run(**args, **options, grid=(1,), warmup=True)
+    try:
+        return kernel.run(**args, **options, grid=(1,), warmup=True)
+    finally:
+        if torch.cuda.is_available():  # without a GPU there is no driver to go back to
+            driver.reset_active()
 
 
 def resources(binary: Any) -> dict[str, int]:

@@ -41,7 +41,7 @@ struct Forward : Block<S, T> {
     this->pack_queries(a.q, h, D, Dp, T(a.scale), this->q_scales(h), this->unit, this->q, this->q_rows,
                        false);
     this->scores(h, T(1));
-    for (int32_t c = 0; c < this->vectors * kN; c += kN) weights(s + c, kBlockQueries, now->nk, c);
+    for (int32_t c = 0; c < this->vectors * kN; c += kN) weights(c);
     for (int32_t u = 0; u < this->tails; ++u) tail_weights(this->column_of_tail(u));
     finish_sums(h);
     if (a.dropout_p > 0) this->drop(h, s);
@@ -51,23 +51,28 @@ struct Forward : Block<S, T> {
   }
 
   // A vector of queries: weights in place, top and sum at c.
-  [[gnu::noinline]] void weights(T* x, int64_t stride, int32_t nk, int32_t c) {
+  [[gnu::noinline]] void weights(int32_t c) {
+    const Vec<T> lowest = splat(-T(__builtin_inf()));
+    T *const begin = s + c, *const end = begin + int64_t(now->nk) * kBlockQueries;
     const bool softmax = a.activation == kSoftmax;
     if (softmax || p.lse) {
-      const Vec<T> lowest = splat(-T(__builtin_inf()));
-      const T to_log2 = softmax ? T(1) : T(kLog2E);
       Vec<T> most = lowest, total = {};
-      for (int32_t j = 0; j < nk; ++j) most = maximum(most, load(x + j * stride));
+      for (const T* x = begin; x < end; x += kBlockQueries) most = maximum(most, load(x));
       const Vec<T> base = most == lowest ? Vec<T>{} : most;
-      for (int32_t j = 0; j < nk; ++j) {
-        const Vec<T> e = exp2((load(x + j * stride) - base) * to_log2);
-        total += e;
-        if (softmax) store(x + j * stride, e);
+      const T to_log2 = softmax ? T(1) : T(kLog2E);
+      if (softmax) {
+        for (T* x = begin; x < end; x += kBlockQueries) {
+          const Vec<T> e = exp2(load(x) - base);
+          total += e;
+          store(x, e);
+        }
+      } else {
+        for (const T* x = begin; x < end; x += kBlockQueries) total += exp2((load(x) - base) * to_log2);
       }
       store(top + c, base * to_log2), store(sum + c, total);
     }
     if (softmax) return;
-    for (int32_t j = 0; j < nk; ++j) store(x + j * stride, activate<T>(a.activation, load(x + j * stride)));
+    for (T* x = begin; x < end; x += kBlockQueries) store(x, activate<T>(a.activation, load(x)));
   }
   // The same for one query: its keys become the lanes.
   [[gnu::noinline]] void tail_weights(int32_t c) {

@@ -197,9 +197,10 @@ struct Block {
   }
   template <int kWrite>
   static void prefetch(const S* row, int32_t d) {
-    const char* p = reinterpret_cast<const char*>(row);
-    for (int64_t at = 0; at < int64_t(d) * int64_t(sizeof(S)); at += 64)
-      __builtin_prefetch(p + at, kWrite, 3);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(row), end = begin + sizeof(S) * static_cast<uint32_t>(d);
+    for (uintptr_t at = begin & ~uintptr_t(63); at < end; at += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(at), kWrite, 3);
+    }
   }
   // The row and head after head h of `now`, which `steps` calls of step_ahead prefetch.
   void look_ahead(int32_t h, int32_t h0, int32_t h1, int32_t steps) {
@@ -239,8 +240,7 @@ struct Block {
     if (at < d) store(to + at, load_part<T>(from + at, d - at) * factor);
   }
   [[gnu::noinline]] void pack_keys(int32_t h) {
-    const T* scales =
-        a.k_scale ? static_cast<const T*>(a.k_scale) + now->b * a.n_k * a.scale_stride_n + h : nullptr;
+    const T* scales = a.k_scale ? static_cast<const T*>(a.k_scale) + now->b * a.n_k * a.scale_stride_n + h : nullptr;
     for (int32_t j = 0; j < now->nk; ++j) {
       const int32_t source = now->k_source[j];
       const T factor = scales && source >= 0 ? scales[source * a.scale_stride_n] : T(1);
