@@ -111,5 +111,5 @@ class RelativeBias:
 
 
 def per_axis(value: Size, rank: int) -> tuple[int, ...]:
-    # operator.index: torch.compile makes integers symbolic that differ between calls, but windows are constants
+    # operator.index: torch.compile makes integers symbolic that differ between calls; windows are constants
     return (index(value),) * rank if isinstance(value, int) else tuple([index(v) for v in value])
