@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import table, windowed
+from . import models, overhead, table, windowed
 from .results import Report, default_path, load
 
 FAMILIES = ("windowed", "overhead", "models")
@@ -18,19 +19,31 @@ FAMILIES = ("windowed", "overhead", "models")
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    p.add_argument("family", nargs="?", choices=FAMILIES, default="windowed", help="what to measure (default: windowed)")
+    p.add_argument(
+        "family", nargs="?", choices=FAMILIES, default="windowed", help="what to measure (default: windowed)"
+    )
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     p.add_argument("--dtype", nargs="+", choices=tuple(windowed.DTYPES), default=["float32", "bfloat16"])
-    p.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()], help="default: as PyTorch")
+    p.add_argument(
+        "--threads", nargs="+", type=int, default=[torch.get_num_threads()], help="default: as PyTorch"
+    )
     p.add_argument("--fwd", action="store_true", help="only the forward")
     p.add_argument("--bwd", action="store_true", help="only forward and backward together")
-    p.add_argument("--quick", action="store_true", help="two problems, few rounds, nothing compiled, no memory")
+    p.add_argument(
+        "--quick", action="store_true", help="two problems, few rounds, nothing compiled, no memory"
+    )
     p.add_argument("--full", action="store_true", help="every problem, not only the usual five")
-    p.add_argument("--problem", nargs="+", metavar="NAME", help="only problems whose name has one of these parts")
-    p.add_argument("--impl", nargs="+", metavar="NAME", choices=windowed.BASELINES, help="only these baselines")
+    p.add_argument(
+        "--problem", nargs="+", metavar="NAME", help="only problems whose name has one of these parts"
+    )
+    p.add_argument(
+        "--impl", nargs="+", metavar="NAME", choices=windowed.BASELINES, help="only these baselines"
+    )
     p.add_argument("--backend", help="measure this backend instead of the one that a call would choose")
     p.add_argument("--seconds", type=float, help="time for the rounds of one case (default 6, quick 1)")
-    p.add_argument("--json", nargs="?", const="", metavar="FILE", help="write results (default: benchmarks/results/)")
+    p.add_argument(
+        "--json", nargs="?", const="", metavar="FILE", help="write results (default: benchmarks/results/)"
+    )
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw times and ratios")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="compare with an older result")
     p.add_argument("--list", action="store_true", help="list the cases and stop")
@@ -69,17 +82,29 @@ def run_windowed(args: argparse.Namespace, report: Report) -> None:
             text = f"{case.group}  REFUSED: {report.refused[-1]['reason']}"
         else:
             row = table.cells(case.group, members[case.group])
-            text = f"{row[0]:<48} {row[1]:>7} ms  {row[5]:>6} ({table.others(members[case.group])})  {row[9]} of FMA"
+            rest = table.others(members[case.group])
+            text = f"{row[0]:<44} {row[1]:>7} ms  {row[9]:>4} of FMA  {row[5]:>6}  ({rest})"
         print(f"[{done}/{len(cases)}, {left}] {text}", flush=True)
+
+
+def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
+    """The families without problems to choose from: a line for each thing that they measure."""
+    threads = tuple(args.threads)
+    if args.family == "overhead":
+        return overhead.run(report, threads, args.seconds or (1.0 if args.quick else 4.0), args.backend)
+    return models.run(report, threads, args.seconds or (2.0 if args.quick else 15.0), args.quick)
 
 
 def show_list(args: argparse.Namespace) -> None:
     rows = []
     for case in options(args).cases():
         p = case.problem
-        gflop, megabytes = case.problem.flops_of(case.backward) * 1e-9, p.bytes_of(case.dtype, case.backward) * 1e-6
+        gflop = p.flops_of(case.backward) * 1e-9
+        megabytes = p.bytes_of(case.dtype, case.backward) * 1e-6
         shape = f"B{p.batch} {'x'.join(map(str, p.space))} h{p.heads} d{p.head_dim}"
-        rows.append([case.group, p.model, shape, repr(p.windows), table.number(gflop), table.number(megabytes)])
+        rows.append(
+            [case.group, p.model, shape, repr(p.windows), table.number(gflop), table.number(megabytes)]
+        )
     print(table.render(rows, ("case", "model", "shape", "windows", "GFLOP", "least MB")))
 
 
@@ -111,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.family == "windowed":
         run_windowed(args, report)
     else:
-        raise SystemExit("not yet")
+        for text in run_lines(args, report):
+            print(text, flush=True)
     deliver(args, report.as_json(), report)
     return 1 if report.refused else 0
 

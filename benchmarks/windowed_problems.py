@@ -1,4 +1,6 @@
-"""The windowed problems that are timed: sizes of published models, their work in flops and bytes, and random inputs."""
+"""The windowed problems that are timed: sizes of published models, their work in flops and bytes, and random
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def per_axis(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention core: q, k, v on a grid in, heads out. `bias`: index order of its table, or None for no bias."""
+    """One attention core: q, k, v on a grid in, heads out. `bias`: index order of its table, or None for no
+    bias.
+    """
 
     name: str
     model: str
@@ -93,14 +97,17 @@ class Problem:
         )
 
     def bytes_of(self, dtype: torch.dtype, backward: bool) -> int:
-        """Least traffic: the forward moves q, k, v and out once; the backward reads them and the gradient of out, and
-        writes three gradients, which is twice as much."""
+        """Least traffic: the forward moves q, k, v and out once; the backward reads them and the gradient of
+        out, and writes three gradients, which is twice as much.
+        """
         return dtype.itemsize * sum(self.elements()) * (3 if backward else 1)
 
 
 @dataclass
 class Inputs:
-    """(qkv,) packed [B, *S, 3, h, d] or (q, k, v) [B, *S, h, d]; table [T, h]; gradient of the output [B, *Sq, h, dv]."""
+    """(qkv,) packed [B, *S, 3, h, d] or (q, k, v) [B, *S, h, d]; table [T, h]; gradient of the output [B,
+    *Sq, h, dv].
+    """
 
     tensors: tuple[Tensor, ...]
     table: Tensor | None
@@ -158,12 +165,26 @@ def relative_bias(problem: Problem, table: Tensor | None) -> RelativeBias | None
 
 # head dimensions, windows and shifts as the models publish them
 PROBLEMS = (
-    Problem("swin-stage1-shift", "Swin-T 224, stage 1", 8, (56, 56), 3, 32, Windows(7, shift=3), core=True, quick=True),
+    Problem(
+        "swin-stage1-shift",
+        "Swin-T 224, stage 1",
+        8,
+        (56, 56),
+        3,
+        32,
+        Windows(7, shift=3),
+        core=True,
+        quick=True,
+    ),
     Problem("swin-stage1", "Swin-T 224, stage 1", 8, (56, 56), 3, 32, Windows(7), core=True),
     Problem("swin-stage4", "Swin-T 224, stage 4", 32, (7, 7), 24, 32, Windows(7), core=True, quick=True),
-    Problem("window16-shift", "window 16 at 256 x 256", 1, (256, 256), 3, 32, Windows(16, shift=8), core=True),
+    Problem(
+        "window16-shift", "window 16 at 256 x 256", 1, (256, 256), 3, 32, Windows(16, shift=8), core=True
+    ),
     Problem("swinir-shift", "SwinIR 256 x 256", 1, (256, 256), 6, 30, Windows(8, shift=4), core=True),
-    Problem("swin-padded", "Swin-T segmentation, padded", 1, (256, 512), 3, 32, Windows(7, shift=3, edge="zero")),
+    Problem(
+        "swin-padded", "Swin-T segmentation, padded", 1, (256, 512), 3, 32, Windows(7, shift=3, edge="zero")
+    ),
     Problem("hat", "HAT 64 x 64", 1, (64, 64), 6, 30, Windows(16, shift=8)),
     Problem(
         "hat-overlap", "HAT overlapping", 1, (64, 64), 6, 30, Windows(16, edge="zero", kv_size=24), bias="k-q"

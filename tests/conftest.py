@@ -1,11 +1,25 @@
-"""Set up for all tests: published models import on CPU builds of torch."""
+"""Set up for all tests: deterministic algorithms, seeds, and published models that import on CPU builds of
+torch."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    """Fixed seeds, and torch's deterministic mode, in which new memory, also that of our outputs, is NaN
+    until written."""
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def declare_torchvision_operators() -> torch.library.Library | None:

@@ -162,7 +162,9 @@ def arguments(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The keyword arguments of `windowed_attention` besides q, k and v."""
     p = problem
     bias: Any = None
-    if p.bias in ("q-k", "k-q", "abs"):
+    if p.bias == "q-k" and p.bias_window is None:
+        bias = tensors["bias"]
+    elif p.bias in ("q-k", "k-q", "abs"):
         bias = RelativeBias(tensors["bias"], p.bias, p.bias_window)
     elif p.bias == "index":
         _, n, m = counts(p)

@@ -1,4 +1,5 @@
-"""What the compiler makes of the Triton kernels for sm_80, sm_90 and sm_100, against committed budgets. No GPU needed."""
+"""What the compiler makes of the Triton kernels for sm_80, sm_90 and sm_100, against committed budgets. No
+GPU needed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ BUDGETS: dict[str, Any] = json.loads(offline.BUDGETS.read_text())
 
 
 def check(found: dict[str, dict[str, int]]) -> None:
-    """Within the budget under the compiler that made it; registers and stack are another compiler's own affair."""
+    """Within the budget under the compiler that made it; registers and stack are another compiler's own
+    affair."""
     limits = ("registers", "stack", "shared") if triton.__version__ == BUDGETS["triton"] else ("shared",)
     for name, values in found.items():
         budget = BUDGETS["configurations"][name]
@@ -32,7 +34,10 @@ def check(found: dict[str, dict[str, int]]) -> None:
 
 
 def test_budgets_cover_the_table() -> None:
-    passes = {"fwd": "attend_fwd_kernel", **{n: f"attend_bwd_{n}_kernel" for n in tiles.KERNELS if n != "fwd"}}
+    passes = {
+        "fwd": "attend_fwd_kernel",
+        **{n: f"attend_bwd_{n}_kernel" for n in tiles.KERNELS if n != "fwd"},
+    }
     wanted = {
         f"{passes[kernel]} {dtype_class} {dim} sm_{arch}"
         for kernel in tiles.KERNELS
@@ -64,7 +69,10 @@ def every_option() -> list[Any]:
         call.key_bias, call.mask = torch.zeros(2, n), torch.zeros(18, 2, window**2, window**2)
         call.extra_k, call.extra_v = (torch.zeros(2, 3, 2, 24, dtype=torch.float16) for _ in range(2))
         call.edge_row, call.dropout_p, call.seed = 1, 0.25, torch.zeros(1, dtype=torch.int64)
-        grads.dlse, grads.dextra_k, grads.dextra_v = torch.zeros(2, n, 2), *(torch.zeros(2, 3, 2, 24) for _ in range(2))
+        grads.dlse, grads.dextra_k, grads.dextra_v = (
+            torch.zeros(2, n, 2),
+            *(torch.zeros(2, 3, 2, 24) for _ in range(2)),
+        )
         found += offline.launches(call, grads)
     return found
 

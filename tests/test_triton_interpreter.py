@@ -16,7 +16,11 @@ TESTS = Path(__file__).with_name("triton_interpreted.py")
 def run_interpreted(select: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select, str(TESTS)]
     done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=TESTS.parent.parent, capture_output=True, text=True
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=TESTS.parent.parent,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

@@ -1,8 +1,9 @@
-"""What the compiler makes of the Triton kernels, without a GPU: registers, stack and shared memory per configuration.
+"""What the compiler makes of the Triton kernels, without a GPU: registers, stack and shared memory per
+configuration.
 
 The launchers run on CPU tensors with `launch.run` replaced by a recorder, so the arguments, and with them the
-specialisation, are those of a real launch; each recorded launch is then compiled for a named architecture and its binary
-read with the cuobjdump that Triton ships.
+specialisation, are those of a real launch; each recorded launch is then compiled for a named architecture
+and its binary read with the cuobjdump that Triton ships.
 
     python tests/triton_compile.py [half|tf32|fp32|fp64 ..]     # rewrites tests/triton_budgets.json
 """
@@ -49,7 +50,9 @@ class OfflineDriver:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def launches(call: AttendCall, grads: AttendGrads) -> list[tuple[Any, tuple[int, ...], dict[str, Any], dict[str, int]]]:
+def launches(
+    call: AttendCall, grads: AttendGrads
+) -> list[tuple[Any, tuple[int, ...], dict[str, Any], dict[str, int]]]:
     """What forward and backward of this call launch: (kernel, grid, arguments, options)."""
     recorded: list[Any] = []
 
@@ -79,7 +82,9 @@ def resources(binary: Any) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout))
     stack = int(found["STACK"]) + int(found["LOCAL"])
     return {"registers": int(found["REG"]), "stack": stack, "shared": binary.metadata.shared}
@@ -97,15 +102,16 @@ def shifted_problem(dtype: torch.dtype, dim: int, window: int) -> tuple[AttendCa
     table = torch.zeros(2, bias_size(axes, "q-k"), dtype=acc)
     lse = torch.zeros(2, 9 * window * window, 2, dtype=acc)
     call = AttendCall(
-        plan=plan, q=rows(), k=rows(), v=rows(), bias=table, q_scale=None, k_scale=None, extra_k=None, extra_v=None,
-        key_bias=None, mask=None, seed=None, scale=dim**-0.5, mask_value=-100.0, edge_row=0, activation="softmax",
-        dropout_p=0.0, head_offset=0, head_total=2, out=rows(), lse=lse,
+        plan=plan, q=rows(), k=rows(), v=rows(), bias=table, q_scale=None, k_scale=None, extra_k=None,
+        extra_v=None, key_bias=None, mask=None, seed=None, scale=dim**-0.5, mask_value=-100.0, edge_row=0,
+        activation="softmax", dropout_p=0.0, head_offset=0, head_total=2, out=rows(), lse=lse,
     )  # fmt: skip
     return call, AttendGrads(rows(), None, rows(), rows(), rows(), table.clone(), None, None)
 
 
 def configurations(dtype_class: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
-    """Every entry of the tile table once, at its full tile: ("kernel, dtype class, dim", kernel, arguments, options)."""
+    """Every entry of the tile table once, at its full tile: ("kernel, dtype class, dim", kernel, arguments,
+    options)."""
     original = attend.dtype_class
     for dim in tiles.HEAD_DIMS:
         tile = tiles.Tile(*tiles.TABLE[dtype_class]["tile"][dim])

@@ -127,7 +127,7 @@ def run(
     if call.dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=call.q.device)
     if chosen == "reference":
-        return _run_reference(call, seed)
+        return run_reference(call, seed)
     if key is not None:
         _settle(key, call, chosen)
     return _run_op(call, chosen, qkv, seed)
@@ -155,6 +155,8 @@ def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], b
         or isinstance(windows, bool)
         or not isinstance(scale, (float, NoneType))
     ):
+        return None
+    if isinstance(windows, Windows) and windows.edge != "mask":  # pads read an edge row
         return None
     table = None if bias is None else (bias.shape, bias.dtype, bias.device)
     tensors = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
@@ -282,8 +284,10 @@ def _key_bias(call: Call, acc: torch.dtype) -> Tensor | None:
     return mask.to(acc)
 
 
-def _run_reference(call: Call, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch, one head group after the other."""
+def run_reference(
+    call: Call, seed: Tensor | None, compute_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, one head group after the other. compute_dtype: instead of the accumulation type."""
     q, k, v, windows = flat(call.q), flat(call.k), flat(call.v), call.windows
     geometry = geometry_of(windows, call.q.dim() - 3)
     bias = call.bias.dense(*bias_windows(call)) if isinstance(call.bias, RelativeBias) else call.bias
@@ -320,6 +324,7 @@ def _run_reference(call: Call, seed: Tensor | None) -> tuple[Tensor, Tensor]:
             seed=seed,
             head_offset=first,
             head_total=q.shape[2],
+            compute_dtype=compute_dtype,
         )
         outs.append(out)
         lses.append(lse.to(accumulator(q.dtype)))

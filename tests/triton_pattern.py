@@ -1,0 +1,42 @@
+"""Run by test_plan.py in its own process: pattern.py in Triton's interpreter, against Python."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vicinal import pattern
+
+bias_index = triton.jit(pattern.bias_index)
+crosses = triton.jit(pattern.crosses)
+
+
+@triton.jit
+def facts(A: Any, B: Any, Index: Any, Crosses: Any, n: Any, BLOCK: tl.constexpr) -> None:
+    at = tl.arange(0, BLOCK)
+    a = tl.load(A + at, mask=at < n)
+    b = tl.load(B + at, mask=at < n)
+    tl.store(Index + at, bias_index(a, b), mask=at < n)
+    tl.store(Crosses + at, crosses(a, b).to(tl.int32), mask=at < n)
+
+
+def main() -> None:
+    values = torch.arange(-9, 10, dtype=torch.int32)
+    a, b = (x.flatten().contiguous() for x in torch.meshgrid(values, values, indexing="ij"))
+    index, crossed = torch.empty_like(a), torch.empty_like(a)
+    facts[(1,)](a, b, index, crossed, a.numel(), BLOCK=512)
+    pairs = list(zip(a.tolist(), b.tolist()))
+    assert index.tolist() == [pattern.bias_index(x, y) for x, y in pairs]
+    assert crossed.tolist() == [int(pattern.crosses(x, y)) for x, y in pairs]
+    print("equal", len(pairs))
+
+
+if __name__ == "__main__":
+    main()
