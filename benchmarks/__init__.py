@@ -1,1 +1,3 @@
-"""Benchmarks of vicinal against PyTorch's own ways, interleaved in one process: `python -m benchmarks --help`."""
+"""Benchmarks of vicinal against PyTorch's own ways, interleaved in one process: `python -m benchmarks
+--help`.
+"""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import table, windowed
+from . import models, overhead, table, windowed
 from .results import Report, default_path, load
 
 FAMILIES = ("windowed", "overhead", "models")
@@ -81,18 +82,25 @@ def run_windowed(args: argparse.Namespace, report: Report) -> None:
             text = f"{case.group}  REFUSED: {report.refused[-1]['reason']}"
         else:
             row = table.cells(case.group, members[case.group])
-            text = f"{row[0]:<48} {row[1]:>7} ms  {row[5]:>6} ({table.others(members[case.group])})  {row[9]} of FMA"
+            rest = table.others(members[case.group])
+            text = f"{row[0]:<44} {row[1]:>7} ms  {row[9]:>4} of FMA  {row[5]:>6}  ({rest})"
         print(f"[{done}/{len(cases)}, {left}] {text}", flush=True)
+
+
+def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
+    """The families without problems to choose from: a line for each thing that they measure."""
+    threads = tuple(args.threads)
+    if args.family == "overhead":
+        return overhead.run(report, threads, args.seconds or (1.0 if args.quick else 4.0), args.backend)
+    return models.run(report, threads, args.seconds or (2.0 if args.quick else 15.0), args.quick)
 
 
 def show_list(args: argparse.Namespace) -> None:
     rows = []
     for case in options(args).cases():
         p = case.problem
-        gflop, megabytes = (
-            case.problem.flops_of(case.backward) * 1e-9,
-            p.bytes_of(case.dtype, case.backward) * 1e-6,
-        )
+        gflop = p.flops_of(case.backward) * 1e-9
+        megabytes = p.bytes_of(case.dtype, case.backward) * 1e-6
         shape = f"B{p.batch} {'x'.join(map(str, p.space))} h{p.heads} d{p.head_dim}"
         rows.append(
             [case.group, p.model, shape, repr(p.windows), table.number(gflop), table.number(megabytes)]
@@ -128,7 +136,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.family == "windowed":
         run_windowed(args, report)
     else:
-        raise SystemExit("not yet")
+        for text in run_lines(args, report):
+            print(text, flush=True)
     deliver(args, report.as_json(), report)
     return 1 if report.refused else 0
 

@@ -1,8 +1,8 @@
 """No time without a right result: errors against float64, and the rule that decides whether a case may run.
 
-The error of a tensor is its largest absolute deviation from float64 over the largest float64 value. An implementation
-passes if, for the output and every gradient, its error is at most twice that of the eager baseline in the same dtype
-plus 4 eps.
+The error of a tensor is its largest absolute deviation from float64 over the largest float64 value. An
+implementation passes if, for the output and every gradient, its error is at most twice that of the eager
+baseline in the same dtype plus 4 eps.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ def errors(found: Tensors, expected: Tensors) -> dict[str, float]:
     return result
 
 
-def complaint(
-    ours: dict[str, float], eager: dict[str, float], dtype: torch.dtype, factor: float = 2.0
-) -> str:
-    """ "" if the rule holds, else what breaks it."""
+Errors = dict[str, float]  # by tensor
+
+
+def complaint(ours: Errors, eager: Errors, dtype: torch.dtype, factor: float = 2.0) -> str:
+    """What breaks the rule, or an empty text."""
     slack = 4 * torch.finfo(dtype).eps
     broken = [
         f"error of {name} is {ours[name]:.1e}, more than {factor:g} x {eager[name]:.1e} + {slack:.1e}"

@@ -1,4 +1,4 @@
-"""What a result has to say about where it was made: the machine without its name, versions, and the commit."""
+"""What a result has to say about where it was made: the machine but not its name, versions, the commit."""
 
 from __future__ import annotations
 
@@ -38,9 +38,7 @@ def machine_name(device: str) -> str:
     else:
         facts = cpu_facts()
         text = info.cpu_model()
-        if "cpu family" in facts and not re.search(
-            r"\d{4}", text
-        ):  # a virtual machine's model without its number
+        if "cpu family" in facts and not re.search(r"\d{4}", text):  # virtual machines may hide it
             text += f" family {facts['cpu family']} model {facts['model']}"
         text += f" {cores()} cores"
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((R|TM)\)", "", text).lower()).strip("-")

@@ -1,8 +1,9 @@
-"""Interleaved timing: rounds in one process, in alternating order, with a probe of the machine's speed in every round.
+"""Interleaved timing: rounds in one process, in alternating order, with a probe of the machine's speed in
+every round.
 
-A shared machine's speed changes by more than the differences that matter, and it changes for everything at once. So no
-time is compared with one from another minute: each round times every contender once, a ratio is formed within its round,
-and the reported ratio is the median over rounds.
+A shared machine's speed changes by more than the differences that matter, and it changes for everything at
+once. So no time is compared with one from another minute: each round times every contender once, a ratio is
+formed within its round, and the reported ratio is the median over rounds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class Contender:
 
 @dataclass
 class Rounds:
-    """What interleaving gave: contenders with their samples, and the probe's GFLOP/s a round (empty without one)."""
+    """What interleaving gave: contenders with their samples, and the probe's GFLOP/s a round (empty without
+    one).
+    """
 
     contenders: list[Contender]
     probe: list[float]

@@ -1,11 +1,12 @@
 """Peak memory of one call, in a process of its own.
 
-PyTorch's profiler does not see what a native kernel allocates for itself, so on CPUs the resident set is measured: a child
-process, told to give large blocks back to the system at once, warms up on a small problem, resets the kernel's high-water mark
-(/proc/self/clear_refs), makes one call and reads the mark. On GPUs PyTorch's allocator keeps the mark.
+PyTorch's profiler does not see what a native kernel allocates for itself, so on CPUs the resident set is
+measured: a child process, told to give large blocks back to the system at once, warms up on a small problem,
+resets the kernel's high-water mark (/proc/self/clear_refs), makes one call and reads the mark. On GPUs
+PyTorch's allocator keeps the mark.
 
-Reported: what the call added to its inputs at its peak, outputs and gradients included; and the sum of both over inputs,
-outputs and gradients, which is the least that any implementation holds at the end.
+Reported: what the call added to its inputs at its peak, outputs and gradients included; and the sum of both
+over inputs, outputs and gradients, which is the least that any implementation holds at the end.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch
 
 from .check import Run
 from .windowed_problems import PROBLEMS, Inputs, Problem, make_inputs
+
+Peaks = dict[str, dict[str, dict[str, float]]]  # by implementation and direction
 
 ROOT = Path(__file__).resolve().parents[1]
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
@@ -60,7 +63,7 @@ def added_peak(call: Callable[[], Any], device: str) -> int:
 
 
 def smaller(problem: Problem) -> Problem:
-    """One sample, of two windows an axis where the windows do not depend on the grid: loads code, not memory."""
+    """One sample, of two windows an axis where windows do not depend on the grid: loads code, not memory."""
     if problem.windows.head_groups or problem.q_space:
         return replace(problem, batch=1)
     return replace(problem, batch=1, space=tuple(2 * w for w in problem.groups[0].window))
@@ -75,14 +78,14 @@ def held(run: Run, inputs: Inputs, backward: bool) -> Any:
     return out, torch.autograd.grad(out, inputs.leaves, inputs.dout)
 
 
-def measured(name: str, dtype: str, device: str, backend: str | None) -> dict[str, Any]:
+def measured(name: str, dtype: str, device: str, backend: str | None) -> Peaks:
     """{implementation: {direction: bytes}} of one problem, in this process."""
     from . import windowed
 
     problem = next(p for p in PROBLEMS if p.name == name)
     cases = [windowed.Case(p, windowed.DTYPES[dtype], False, 1, device) for p in (smaller(problem), problem)]
     prepared = [make_inputs(c.problem, c.dtype, device) for c in cases]
-    found: dict[str, Any] = {}
+    found: Peaks = {}
     for impl in (windowed.OURS, "eager", "sdpa"):
         if impl == windowed.OURS:
             runs = [windowed.ours(c.problem, backend) for c in cases]
@@ -106,18 +109,10 @@ def summary(extra: int, inputs: Inputs, backward: bool) -> dict[str, float]:
     return {"peak_extra_bytes": extra, "least_bytes": least, "peak_over_least": (given + extra) / least}
 
 
-def peaks(name: str, dtype: str, device: str, backend: str | None) -> dict[str, Any]:
+def peaks(name: str, dtype: str, device: str, backend: str | None) -> Peaks:
     """`measured` in a child process."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.memory",
-        name,
-        dtype,
-        device,
-        backend or "",
-        str(torch.get_num_threads()),
-    ]
+    arguments = [name, dtype, device, backend or "", str(torch.get_num_threads())]
+    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, **MALLOC}, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"measuring memory failed:\n{result.stderr}")

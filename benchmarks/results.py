@@ -1,4 +1,6 @@
-"""Results as JSON in pytest-benchmark's schema, so its tools read them; what only we know is under extra_info."""
+"""Results as JSON in pytest-benchmark's schema, so its tools read them; what only we know is under
+extra_info.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ def stats(seconds: list[float], repeats: int) -> dict[str, Any]:
 
 @dataclass
 class Report:
-    """A run: what was measured, what could not run and why, and the cases that were refused because of wrong results."""
+    """A run: what was measured, what could not run and why, and the cases that were refused because of wrong
+    results.
+    """
 
     device: str
     results: list[Result] = field(default_factory=list)

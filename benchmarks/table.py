@@ -1,4 +1,6 @@
-"""Results as text: a row as soon as a case is done, the whole table at the end, and a comparison with an older run."""
+"""Results as text: a row as soon as a case is done, the whole table at the end, and a comparison with an
+older run.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ from typing import Any
 
 Benchmark = dict[str, Any]
 COLUMNS = (
-    "case", "ours ms", "p20-p80", "best baseline", "ms", "ratio", "p20-p80", "GFLOP/s", "GB/s", "of FMA", "peak mem", "max error",
+    "case", "ours ms", "p20-p80", "best baseline", "ms", "ratio", "p20-p80",
+    "GFLOP/s", "GB/s", "of FMA", "peak mem", "max error",
 )  # fmt: skip
 
 
@@ -99,14 +102,17 @@ def unavailable(entries: list[dict[str, str]]) -> list[str]:
     counts: dict[tuple[str, str], list[str]] = {}
     for entry in entries:
         counts.setdefault((entry["impl"], entry["reason"]), []).append(entry["group"])
-    return [
-        f"  {impl}, {len(groups)} case{'s' * (len(groups) > 1)} ({groups[0]}{', ...' * (len(groups) > 1)}): {why}"
-        for (impl, why), groups in counts.items()
-    ]
+    lines = []
+    for (impl, why), groups in counts.items():
+        more = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
+        lines.append(f"  {impl} in {groups[0]}{more}: {why}")
+    return lines
 
 
 def comparison(new: dict[str, Any], old: dict[str, Any]) -> str:
-    """Cases of both runs. Milliseconds of two runs do not compare; ratios to baselines and shares of the probe do."""
+    """Cases of both runs. Milliseconds of two runs do not compare; ratios to baselines and shares of the
+    probe do.
+    """
     before = grouped(old["benchmarks"])
     rows = []
     for group, members in grouped(new["benchmarks"]).items():

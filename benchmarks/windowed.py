@@ -15,7 +15,7 @@ from . import check, memory
 from .measure import Contender, Rounds, fma_probe, interleave, median, percentile, ratios
 from .results import Report, Result
 from .windowed_problems import PROBLEMS, Inputs, Problem, make_inputs, relative_bias
-from .windowed_published import Published, flex, matmul_softmax, sdpa
+from .windowed_published import Published, compiled_flex, matmul_softmax, sdpa
 
 OURS = "vicinal"
 BASELINES = ("eager", "sdpa", "eager-compiled", "sdpa-compiled", "flex")
@@ -68,18 +68,22 @@ def ours(problem: Problem, backend: str | None) -> check.Run:
 
 def baseline(name: str, case: Case) -> check.Run:
     """A baseline by name; it may raise where PyTorch does not support the case."""
-    attend = {"eager": matmul_softmax, "sdpa": sdpa, "flex": flex}[name.removesuffix("-compiled")]
+    attend = (
+        compiled_flex() if name == "flex" else {"eager": matmul_softmax, "sdpa": sdpa}[name.split("-")[0]]
+    )
     published = Published(case.problem, attend, case.dtype, case.device)
-    if name in ("eager", "sdpa"):
+    if not name.endswith("-compiled"):
         return published
     compiled: check.Run = torch.compile(lambda tensors, table: published(tensors, table), fullgraph=True)
     return compiled
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error that says something, without paths."""
+    """The first line of the error at the bottom of the chain: compilers wrap what went wrong."""
+    while (below := error.__cause__ or error.__context__) is not None:
+        error = below
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:240]
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,20 @@ class Checked:
 
     inputs: Inputs
     expected: check.Tensors
-    eager: dict[str, float]
-    ours: dict[str, float]
-    complaint: str
+    eager: check.Errors
+    ours: check.Errors
+
+    def complaint(self, case: Case) -> str:
+        """What is wrong with our results in the case's direction, or an empty text."""
+        names = tensors_of(case, self.eager)
+        return check.complaint(
+            {n: self.ours[n] for n in names}, {n: self.eager[n] for n in names}, case.dtype
+        )
+
+
+def tensors_of(case: Case, errors: check.Errors) -> list[str]:
+    """The tensors that the case computes: a forward is not judged by gradients."""
+    return list(errors) if case.backward else ["out"]
 
 
 def checked(case: Case, mine: check.Run, backward: bool) -> Checked:
@@ -125,7 +140,7 @@ def checked(case: Case, mine: check.Run, backward: bool) -> Checked:
     expected = check.exact(ours(problem, "reference"), inputs, backward)
     eager = check.errors(check.outputs(baseline("eager", case), inputs, backward), expected)
     found = check.errors(check.outputs(mine, inputs, backward), expected)
-    return Checked(inputs, expected, eager, found, check.complaint(found, eager, case.dtype))
+    return Checked(inputs, expected, eager, found)
 
 
 def stepper(run: check.Run, inputs: Inputs, backward: bool) -> Callable[[], Any]:
@@ -168,7 +183,7 @@ def run(
     `mine`: what to measure in place of vicinal, for tests of the refusal.
     """
     known: Checked | None = None
-    peaks: dict[str, dict[str, int]] = {}
+    peaks: memory.Peaks = {}
     before: tuple[Problem, torch.dtype] | None = None
     for case in options.cases():
         torch.set_num_threads(case.threads)
@@ -176,22 +191,17 @@ def run(
         if before != (case.problem, case.dtype) or known is None:
             before = (case.problem, case.dtype)
             known = checked(case, implementation, any(options.directions))
-            if options.memory and not known.complaint:
+            if options.memory:
                 peaks = memory.peaks(case.problem.name, case.params["dtype"], options.device, options.backend)
-        if known.complaint:
-            report.refused.append({"group": case.group, "reason": known.complaint})
+        if complaint := known.complaint(case):
+            report.refused.append({"group": case.group, "reason": complaint})
         else:
             time_case(case, known, implementation, options, report, peaks)
         yield case
 
 
 def time_case(
-    case: Case,
-    known: Checked,
-    mine: check.Run,
-    options: Options,
-    report: Report,
-    peaks: dict[str, dict[str, int]],
+    case: Case, known: Checked, mine: check.Run, options: Options, report: Report, peaks: memory.Peaks
 ) -> None:
     """Time the contenders of one case and add a result for each."""
     torch.compiler.reset()  # compiled baselines bake in the number of threads
@@ -203,7 +213,7 @@ def time_case(
     timed = interleave(ready, device=case.device, probe=probe, **limits)  # type: ignore[arg-type]
     known.inputs.requires_grad_(False)
     for result in collected(case, timed, known):
-        result.extra |= peaks.get(result.contender, {}).get(case.params["direction"], {})  # type: ignore[operator]
+        result.extra |= peaks.get(result.contender, {}).get(case.params["direction"], {})
         report.results.append(result)
 
 
@@ -220,7 +230,7 @@ def collected(case: Case, timed: Rounds, known: Checked) -> list[Result]:
     first = found[0].extra
     first |= {"flops": flops, "bytes": traffic, "model": case.problem.model}
     first |= {"gflops": flops / median(mine) * 1e-9, "gbps": traffic / median(mine) * 1e-9}
-    names = list(known.ours) if case.backward else ["out"]
+    names = tensors_of(case, known.ours)
     first["errors"] = {name: known.ours[name] for name in names}
     first["eager_errors"] = {name: known.eager[name] for name in names}
     if timed.probe:

@@ -1,4 +1,6 @@
-"""The windowed problems that are timed: sizes of published models, their work in flops and bytes, and random inputs."""
+"""The windowed problems that are timed: sizes of published models, their work in flops and bytes, and random
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def per_axis(value: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention core: q, k, v on a grid in, heads out. `bias`: index order of its table, or None for no bias."""
+    """One attention core: q, k, v on a grid in, heads out. `bias`: index order of its table, or None for no
+    bias.
+    """
 
     name: str
     model: str
@@ -93,14 +97,17 @@ class Problem:
         )
 
     def bytes_of(self, dtype: torch.dtype, backward: bool) -> int:
-        """Least traffic: the forward moves q, k, v and out once; the backward reads them and the gradient of out, and
-        writes three gradients, which is twice as much."""
+        """Least traffic: the forward moves q, k, v and out once; the backward reads them and the gradient of
+        out, and writes three gradients, which is twice as much.
+        """
         return dtype.itemsize * sum(self.elements()) * (3 if backward else 1)
 
 
 @dataclass
 class Inputs:
-    """(qkv,) packed [B, *S, 3, h, d] or (q, k, v) [B, *S, h, d]; table [T, h]; gradient of the output [B, *Sq, h, dv]."""
+    """(qkv,) packed [B, *S, 3, h, d] or (q, k, v) [B, *S, h, d]; table [T, h]; gradient of the output [B,
+    *Sq, h, dv].
+    """
 
     tensors: tuple[Tensor, ...]
     table: Tensor | None

@@ -1,7 +1,8 @@
 """Windowed attention the way published models write it, in plain PyTorch: what vicinal is measured against.
 
-roll, pad, partition into windows, attention with the gathered bias and the region mask, reverse, roll back. Index, mask
-and geometry are made once, as their buffers are; everything that a forward does is inside the call.
+roll, pad, partition into windows, attention with the gathered bias and the region mask, reverse, roll back.
+Index, mask and geometry are made once, as their buffers are; everything that a forward does is inside the
+call.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def merge(x: Tensor, space: tuple[int, ...], window: tuple[int, ...], grid: bool
 
 
 def unfold(x: Tensor, group: Group) -> Tensor:
-    """[B, *S, h, d] -> [B, windows, M, h, d]: zero-padded key windows, centred on the smaller query windows."""
+    """[B, *S, h, d] -> [B, windows, M, h, d]: zero-padded key windows, centred on the query windows."""
     amounts: list[int] = [0, 0, 0, 0]
     for w, o in zip(reversed(group.window), reversed(group.k_window), strict=True):
         amounts += [(o - w) // 2, o - w - (o - w) // 2]
@@ -70,8 +71,9 @@ def matmul_softmax(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-    """The same through scaled_dot_product_attention, with windows and heads in one dimension so that a mask per window
-    broadcasts over the batch instead of being copied."""
+    """The same through scaled_dot_product_attention, with windows and heads in one dimension so that a mask
+    per window broadcasts over the batch instead of being copied.
+    """
     if mask is None:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias[None], scale=scale)
@@ -120,7 +122,7 @@ class Published:
     def windowed(
         self, tensors: tuple[Tensor, ...], group: Group, heads: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, windows, h, N, d] of one head group; a packed tensor is rolled and partitioned as one."""
+        """q, k, v [B, windows, h, N, d] of a head group; a packed tensor is rolled and partitioned as one."""
         if len(tensors) == 1 and group.k_window == group.window:
             x = split(self._rolled(tensors[0][..., heads, :], group), group.window, self.grid)
             q, k, v = x.permute(3, 0, 1, 4, 2, 5).unbind(0)
@@ -159,20 +161,30 @@ class Published:
         return out
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-    """The same through FlexAttention, which reads bias and mask per score instead of a mask tensor per window."""
+def compiled_flex() -> Attend:
+    """The same through FlexAttention, which reads bias and mask per score. Only the attention is compiled:
+    with the partition in the same graph, inductor has no CPU template for it (torch 2.13).
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    windows = q.shape[1]
+    @torch.compile(fullgraph=True)
+    def flat(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            if bias is not None:
+                score = score + bias[h, i, j]
+            if mask is not None:
+                score = score + mask[b % mask.shape[0], i, j]
+            return score
 
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if bias is not None:
-            score = score + bias[h, i, j]
-        if mask is not None:
-            score = score + mask[b % windows, i, j]
-        return score
+        out = flex_attention(q, k, v, score_mod=score_mod, scale=scale)
+        assert isinstance(out, Tensor)
+        return out
 
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-    out = flex_attention(q, k, v, score_mod=score_mod, scale=scale)
-    assert isinstance(out, Tensor)
-    return out
+    def flex(
+        q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        return flat(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias, mask, scale)
+
+    return flex

@@ -49,13 +49,19 @@ struct Plan {
 // Everything but the tensors that are written. Null pointers switch an option off.
 //   s(i, j) = scale * q_scale_i * k_scale_j * (q_i . k_j) + bias[h, code_i + code_j] + key_bias[b, token_j]
 //             + mask[(b * n_rows + row) % mask_count, h, i, j] + mask_value * [region_i != region_j]
+//
 // Key slots: those of the key box (a pad is extra row 0 when edge_row, otherwise excluded), then the extra
 // rows edge_row .. n_extra-1, which every plan row sees; they have no region, key_bias or mask, their k_scale
 // is 1, and their bias is bias[h, bias_size - (n_extra - edge_row) + e]. A pad has no key_bias; its k_scale
-// is 1. softmax: p = exp(s - lse); s = -inf is excluded. Other activations: p = act(s), excluded or
-// cross-region p = 0; their lse is finite or -inf but has no meaning, and dlse is null. dropout: p is
-// multiplied by keep / (1 - dropout_p); keep comes from philox.h at (slot, token of q, b * H_total + h). A
-// row of q without any finite s gives out 0, lse -inf and zero gradients.
+// is 1.
+//
+// softmax: p = exp(s - lse); s = -inf is excluded. Other activations: p = act(s), excluded or cross-region
+// p = 0; their lse is finite or -inf but has no meaning, and dlse is null.
+//
+// dropout: p is multiplied by keep / (1 - dropout_p); keep comes from philox.h at (slot, token of q,
+// b * H_total + h).
+//
+// A row of q without any finite s gives out 0, lse -inf and zero gradients.
 struct Attend {
   DType dtype;
   Activation activation;
@@ -107,6 +113,7 @@ namespace cuda {
 int64_t attend_bwd_workspace(const AttendBwd& p);
 int attend_fwd(const AttendFwd& p, void* stream);
 int attend_bwd(const AttendBwd& p, void* workspace, void* stream);
+const char* error_text(int error);
 }  // namespace cuda
 
 }  // namespace vicinal

@@ -11,7 +11,7 @@
 //   forward, then:  out[4] lse lse_stride_n
 //   backward, then: out[4] dout[4] lse dlse lse_stride_n dq[4] dk[4] dv[4] dbias dextra_k[4] dextra_v[4]
 //
-// and ends with what the launcher takes besides (cpu: threads).
+// and ends with what the launcher takes besides (cpu: threads; cuda: workspace of a backward, stream).
 #pragma once
 #include <Python.h>
 

@@ -4,16 +4,17 @@ The launchers run on CPU tensors with `launch.run` replaced by a recorder, so th
 specialisation, are those of a real launch; each recorded launch is then compiled for a named architecture and its binary
 read with the cuobjdump that Triton ships.
 
-    python tests/triton_compile.py            # rewrite tests/triton_budgets.json
+    python tests/triton_compile.py [half|tf32|fp32|fp64 ..]     # rewrites tests/triton_budgets.json
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,11 @@ def launches(
 
 def compile_launch(kernel: Any, args: dict[str, Any], options: dict[str, int], arch: int) -> Any:
     driver.set_active(OfflineDriver(arch))
-    return kernel.run(**args, **options, grid=(1,), warmup=True)
+    try:
+        return kernel.run(**args, **options, grid=(1,), warmup=True)
+    finally:
+        if torch.cuda.is_available():  # without a GPU there is no driver to go back to
+            driver.reset_active()
 
 
 def resources(binary: Any) -> dict[str, int]:
@@ -103,47 +108,42 @@ def shifted_problem(dtype: torch.dtype, dim: int, window: int) -> tuple[AttendCa
     return call, AttendGrads(rows(), None, rows(), rows(), rows(), table.clone(), None, None)
 
 
-def configurations() -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
-    """Every entry of the tile table once, at its full tile: (name, kernel, arguments, options)."""
-    for dtype_class, by_kernel in tiles.TABLE.items():
-        for dim in tiles.HEAD_DIMS:
-            yield from _of_dim(dtype_class, dim, tiles.Tile(*by_kernel["tile"][dim]))
-
-
-def _of_dim(
-    dtype_class: str, dim: int, tile: tiles.Tile
-) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+def configurations(dtype_class: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
+    """Every entry of the tile table once, at its full tile: ("kernel, dtype class, dim", kernel, arguments, options)."""
     original = attend.dtype_class
-    attend.dtype_class = lambda dtype: dtype_class
-    try:
+    for dim in tiles.HEAD_DIMS:
+        tile = tiles.Tile(*tiles.TABLE[dtype_class]["tile"][dim])
         one_tile = next(w for w in range(8, 3, -1) if w * w <= min(tile.block_q, tile.block_k))
-        found = launches(*shifted_problem(DTYPES[dtype_class], dim, one_tile))
-        names = [f"{kernel.fn.__name__} {dtype_class} {dim}" for kernel, *_ in found]
-        chosen = [i for i, name in enumerate(names) if "_tile_" in name]
-        more = launches(*shifted_problem(DTYPES[dtype_class], dim, 12))
-    finally:
-        attend.dtype_class = original
-    for kernel, _, args, options in [*(found[i] for i in chosen), *more]:
-        yield f"{kernel.fn.__name__} {dtype_class} {dim}", kernel, args, options
+        attend.dtype_class = lambda dtype: dtype_class
+        try:
+            small = launches(*shifted_problem(DTYPES[dtype_class], dim, one_tile))
+            large = launches(*shifted_problem(DTYPES[dtype_class], dim, 12))
+        finally:
+            attend.dtype_class = original
+        for kernel, _, args, options in [*(x for x in small if "_tile_" in x[0].fn.__name__), *large]:
+            if dim == tiles.HEAD_DIMS[0] or "BLOCK_Q" in args:  # the small kernels of a class once
+                yield f"{kernel.fn.__name__} {dtype_class} {dim}", kernel, args, options
+
+
+def measure(dtype_class: str, archs: Sequence[int] = ARCHS) -> dict[str, dict[str, int]]:
+    """Resources of every configuration of a dtype class: {"kernel, dtype class, dim, sm_NN": {...}}."""
+    found = {}
+    for name, kernel, args, options in configurations(dtype_class):
+        for arch in archs:
+            found[f"{name} sm_{arch}"] = resources(compile_launch(kernel, args, options, arch))
+    return found
+
+
+def write_budgets(classes: Sequence[str]) -> None:
+    """Measures these classes anew and keeps the others."""
+    budgets = json.loads(BUDGETS.read_text())["configurations"] if BUDGETS.exists() else {}
+    budgets = {name: values for name, values in budgets.items() if name.split()[1] not in classes}
+    for dtype_class in classes:
+        budgets |= measure(dtype_class)
+    lines = [f'    "{name}": {json.dumps(values)}' for name, values in budgets.items()]
+    header = f'{{\n  "triton": "{triton.__version__}",\n  "configurations": {{\n'
+    BUDGETS.write_text(header + ",\n".join(lines) + "\n  }\n}\n")
 
 
 if __name__ == "__main__":
-    import time
-
-    only = sys.argv[1:]
-    for name, kernel, args, options in configurations():
-        if only and not all(o in name for o in only):
-            continue
-        for arch in ARCHS:
-            t = time.time()
-            b = compile_launch(kernel, args, options, arch)
-            print(
-                name,
-                arch,
-                args.get("BLOCK_Q"),
-                args.get("BLOCK_K"),
-                options,
-                resources(b),
-                "%.1fs" % (time.time() - t),
-                flush=True,
-            )
+    write_budgets(sys.argv[1:] or tiles.CLASSES)

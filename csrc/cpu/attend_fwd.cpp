@@ -16,7 +16,7 @@ struct Forward : Block<S, T> {
   T top[kBlockQueries], sum[kBlockQueries],
       inverse[kBlockQueries];  // per query: maximum, sum of exp, 1 / sum
 
-  explicit Forward(const AttendFwd& params) : Base(params.a), p(params) {}
+  explicit Forward(const AttendFwd& params) : Base(params.a), p(params) { this->write_q = p.out; }
 
   void carve(cpu::Arena& arena, int32_t group_heads) {
     Base::carve(arena, group_heads);
@@ -29,6 +29,7 @@ struct Forward : Block<S, T> {
     const int32_t size = round_up((now->nq + blocks - 1) / blocks, kN);
     for (int32_t h = h0; h < h1; ++h) {
       this->pack_keys(h);
+      this->look_ahead(h, h0, h1, blocks * ((now->nk + 7) / 8 + (size + 11) / 12));
       for (int32_t begin = 0; begin < now->nq; begin += size) {
         this->set_block(begin, now->nq - begin < size ? now->nq - begin : size);
         block(h);
@@ -37,39 +38,44 @@ struct Forward : Block<S, T> {
   }
 
   void block(int32_t h) {
-    this->prefetch_queries(a.q, h, D);
     this->pack_queries(a.q, h, D, Dp, T(a.scale), this->q_scales(h), this->unit, this->q, this->q_rows,
                        false);
     this->scores(h, T(1));
-    for (int32_t c = 0; c < this->vectors * kN; c += kN) weights(s + c, kBlockQueries, now->nk, c);
+    for (int32_t c = 0; c < this->vectors * kN; c += kN) weights(c);
     for (int32_t u = 0; u < this->tails; ++u) tail_weights(this->column_of_tail(u));
     finish_sums(h);
     if (a.dropout_p > 0) this->drop(h, s);
-    gemm_columns(Gemm<T>{s, kBlockQueries, this->v, Dvp, nullptr, 0, o, Dvp}, n, now->nk, Dvp / kN);
+    gemm_columns(Gemm<T>{s, kBlockQueries, this->v, Dvp, nullptr, 0, o, Dvp, &this->ahead}, n, now->nk,
+                 Dvp / kN);
     write(h);
   }
 
   // A vector of queries: weights in place, top and sum at c.
-  void weights(T* x, int64_t stride, int32_t nk, int32_t c) {
+  [[gnu::noinline]] void weights(int32_t c) {
+    const Vec<T> lowest = splat(-T(__builtin_inf()));
+    T *const begin = s + c, *const end = begin + int64_t(now->nk) * kBlockQueries;
     const bool softmax = a.activation == kSoftmax;
     if (softmax || p.lse) {
-      const Vec<T> lowest = splat(-T(__builtin_inf()));
-      const T to_log2 = softmax ? T(1) : T(kLog2E);
       Vec<T> most = lowest, total = {};
-      for (int32_t j = 0; j < nk; ++j) most = maximum(most, load(x + j * stride));
+      for (const T* x = begin; x < end; x += kBlockQueries) most = maximum(most, load(x));
       const Vec<T> base = most == lowest ? Vec<T>{} : most;
-      for (int32_t j = 0; j < nk; ++j) {
-        const Vec<T> e = exp2((load(x + j * stride) - base) * to_log2);
-        total += e;
-        if (softmax) store(x + j * stride, e);
+      const T to_log2 = softmax ? T(1) : T(kLog2E);
+      if (softmax) {
+        for (T* x = begin; x < end; x += kBlockQueries) {
+          const Vec<T> e = exp2(load(x) - base);
+          total += e;
+          store(x, e);
+        }
+      } else {
+        for (const T* x = begin; x < end; x += kBlockQueries) total += exp2((load(x) - base) * to_log2);
       }
       store(top + c, base * to_log2), store(sum + c, total);
     }
     if (softmax) return;
-    for (int32_t j = 0; j < nk; ++j) store(x + j * stride, activate<T>(a.activation, load(x + j * stride)));
+    for (T* x = begin; x < end; x += kBlockQueries) store(x, activate<T>(a.activation, load(x)));
   }
   // The same for one query: its keys become the lanes.
-  void tail_weights(int32_t c) {
+  [[gnu::noinline]] void tail_weights(int32_t c) {
     const int32_t nk = now->nk;
     for (int32_t j = 0; j < nk; ++j) column[j] = s[int64_t(j) * kBlockQueries + c];
     for (int32_t j = nk; j < round_up(nk, kN); ++j) column[j] = -T(__builtin_inf());
@@ -99,7 +105,7 @@ struct Forward : Block<S, T> {
   }
 
   // 1 / sum, and lse to memory.
-  void finish_sums(int32_t h) {
+  [[gnu::noinline]] void finish_sums(int32_t h) {
     const bool softmax = a.activation == kSoftmax;
     T lse[kBlockQueries];
     for (int32_t c = 0; c < n; c += kN) {
@@ -113,7 +119,7 @@ struct Forward : Block<S, T> {
       if (token >= 0) static_cast<T*>(p.lse)[(now->b * a.n_q + token) * p.lse_stride_n + h] = lse[c];
     }
   }
-  void write(int32_t h) {
+  [[gnu::noinline]] void write(int32_t h) {
     const bool softmax = a.activation == kSoftmax;
     for (int32_t c = 0; c < n; ++c) {
       const int32_t token = now->q_token[q0 + c];

@@ -22,6 +22,7 @@ struct Slots {
   bool regions, key_terms;
   int32_t *q_token, *q_code, *k_code;
   int32_t* k_source;  // token; kExcluded; or kExtra - e for extra row e
+  int32_t* k_token;   // token, of excluded keys too; negative: pad or extra key
   T *q_region, *k_region, *k_term;
 
   static constexpr int32_t kExcluded = -1, kExtra = -2;
@@ -29,6 +30,7 @@ struct Slots {
   void carve(cpu::Arena& arena, int64_t q_most, int64_t k_most) {
     q_token = arena.take<int32_t>(q_most), q_code = arena.take<int32_t>(q_most);
     k_source = arena.take<int32_t>(k_most), k_code = arena.take<int32_t>(k_most);
+    k_token = arena.take<int32_t>(k_most);
     q_region = arena.take<T>(q_most), k_region = arena.take<T>(k_most), k_term = arena.take<T>(k_most);
   }
   void set(const Attend& a, int64_t batch, int64_t index);
@@ -63,21 +65,21 @@ void Slots<T>::set(const Attend& a, int64_t batch, int64_t index) {
                    q_token[i] = token, q_code[i] = code, q_region[i] = T(region);
                  });
   bool terms = key_bias != nullptr;
-  box = visit_box(a.plan.axes, r.k_begin, r.k_extent,
-                  [&](int32_t j, int32_t token, int32_t region, int32_t code) {
-                    k_code[j] = code, k_region[j] = T(region), k_source[j] = token, k_term[j] = 0;
-                    if (token < 0) {
-                      k_source[j] = a.edge_row ? kExtra : kExcluded;
-                      k_term[j] = a.edge_row ? T(0) : -infinite;
-                      terms = terms || !a.edge_row;
-                    } else if (key_bias) {
-                      k_term[j] = key_bias[token] * unit;
-                      if (k_term[j] == -infinite) k_source[j] = kExcluded;
-                    }
-                  });
+  box = visit_box(
+      a.plan.axes, r.k_begin, r.k_extent, [&](int32_t j, int32_t token, int32_t region, int32_t code) {
+        k_code[j] = code, k_region[j] = T(region), k_source[j] = k_token[j] = token, k_term[j] = 0;
+        if (token < 0) {
+          k_source[j] = a.edge_row ? kExtra : kExcluded;
+          k_term[j] = a.edge_row ? T(0) : -infinite;
+          terms = terms || !a.edge_row;
+        } else if (key_bias) {
+          k_term[j] = key_bias[token] * unit;
+          if (k_term[j] == -infinite) k_source[j] = kExcluded;
+        }
+      });
   nk = box + a.n_extra - a.edge_row;
   for (int32_t j = box; j < nk; ++j)
-    k_source[j] = kExtra - (a.edge_row + j - box), k_code[j] = 0, k_term[j] = 0;
+    k_source[j] = kExtra - (a.edge_row + j - box), k_token[j] = -1, k_code[j] = 0, k_term[j] = 0;
   regions = (r.flags & kRowRegions) != 0;
   key_terms = terms;
 }
@@ -108,7 +110,12 @@ struct Block {
   T* column;  // k_most elements
   T* bias;    // expanded bias [group heads][k_most][q_most]
   int32_t *bias_q_code, *bias_k_code;  // what it was expanded for
-  int32_t bias_nq, bias_nk, bias_heads_begin, bias_heads_end;
+  int32_t bias_nq, bias_nk, bias_box, bias_heads_begin, bias_heads_end;
+  const Slots<T>* ahead_slots;
+  Rows read_too{};                       // dO: prefetched like Q
+  Rows write_q{}, write_k{}, write_v{};  // what `now` will store
+  int32_t head, ahead_head, ahead_at, ahead_end, ahead_step;
+  const Ahead ahead{&Block::step_ahead, this};
   // The block at work.
   int32_t q0, n, vectors,
       tails;  // queries q0 .. q0 + n - 1 are `vectors` vectors and then `tails` single ones
@@ -158,14 +165,15 @@ struct Block {
   // there.
   bool bias_is_current(int32_t h0, int32_t h1) const {
     return bias_heads_begin == h0 && bias_heads_end == h1 && bias_nq == now->nq && bias_nk == now->nk &&
-           !__builtin_memcmp(bias_q_code, now->q_code, sizeof(int32_t) * now->nq) &&
+           bias_box == now->box && !__builtin_memcmp(bias_q_code, now->q_code, sizeof(int32_t) * now->nq) &&
            !__builtin_memcmp(bias_k_code, now->k_code, sizeof(int32_t) * now->nk);
   }
-  int64_t bias_at(int32_t i, int32_t j) const {  // in the table of a head
-    return j < now->box ? bias_index(now->q_code[i], now->k_code[j]) : a.bias_size - (now->nk - j);
+  // In the table of a head; slots of the row that the bias was expanded for.
+  int64_t bias_at(int32_t i, int32_t j) const {
+    return j < bias_box ? bias_index(bias_q_code[i], bias_k_code[j]) : a.bias_size - (bias_nk - j);
   }
-  void expand_bias(int32_t h0, int32_t h1) {
-    bias_heads_begin = h0, bias_heads_end = h1, bias_nq = now->nq, bias_nk = now->nk;
+  [[gnu::noinline]] void expand_bias(int32_t h0, int32_t h1) {
+    bias_heads_begin = h0, bias_heads_end = h1, bias_nq = now->nq, bias_nk = now->nk, bias_box = now->box;
     __builtin_memcpy(bias_q_code, now->q_code, sizeof(int32_t) * now->nq);
     __builtin_memcpy(bias_k_code, now->k_code, sizeof(int32_t) * now->nk);
     for (int32_t h = h0; h < h1; ++h) {
@@ -187,28 +195,57 @@ struct Block {
   const S* query_row(const Slots<T>& x, const Rows& t, int32_t h, int32_t i) const {
     return x.q_token[i] < 0 ? zeros : row_of<S>(t, x.b, x.q_token[i], h);
   }
+  template <int kWrite>
   static void prefetch(const S* row, int32_t d) {
-    const char* p = reinterpret_cast<const char*>(row);
-    for (int64_t at = 0; at < int64_t(d) * int64_t(sizeof(S)); at += 64) __builtin_prefetch(p + at, 0, 2);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(row), end = begin + sizeof(S) * static_cast<uint32_t>(d);
+    for (uintptr_t at = begin & ~uintptr_t(63); at < end; at += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(at), kWrite, 3);
+    }
+  }
+  // The row and head after head h of `now`, which `steps` calls of step_ahead prefetch.
+  void look_ahead(int32_t h, int32_t h0, int32_t h1, int32_t steps) {
+    ahead_slots = h + 1 < h1 ? now : next;
+    ahead_head = h + 1 < h1 ? h + 1 : h0;
+    head = h, ahead_at = 0;
+    const Slots<T>& x = *ahead_slots;
+    ahead_end = x.b < 0 ? 0 : x.nq > x.nk ? x.nq : x.nk;
+    ahead_step = (ahead_end + steps - 1) / steps;
+  }
+  void prefetch_stores(int32_t i) const {
+    if (i < now->nq) prefetch<1>(query_row(*now, write_q, head, i), write_k.data ? D : Dv);
+    if (i >= now->nk || !write_k.data || now->k_token[i] < 0) return;
+    prefetch<1>(row_of<S>(write_k, now->b, now->k_token[i], head), D);
+    prefetch<1>(row_of<S>(write_v, now->b, now->k_token[i], head), Dv);
+  }
+  static void step_ahead(void* context) {
+    Block& w = *static_cast<Block*>(context);
+    const Attend& a = w.a;
+    const Slots<T>& x = *w.ahead_slots;
+    const int32_t h = w.ahead_head,
+                  end = w.ahead_at + w.ahead_step < w.ahead_end ? w.ahead_at + w.ahead_step : w.ahead_end;
+    for (int32_t i = w.ahead_at; i < end; ++i) {
+      if (i < x.nk) {
+        prefetch<0>(w.key_row(x, a.k, a.extra_k, h, i), w.D);
+        prefetch<0>(w.key_row(x, a.v, a.extra_v, h, i), w.Dv);
+      }
+      if (i < x.nq) prefetch<0>(w.query_row(x, a.q, h, i), w.D);
+      if (i < x.nq && w.read_too.data) prefetch<0>(w.query_row(x, w.read_too, h, i), w.Dv);
+      w.prefetch_stores(i);
+    }
+    w.ahead_at = end;
   }
   static void pack_row(const S* from, int32_t d, T factor, T* to) {
     int32_t at = 0;
     for (; at + kN <= d; at += kN) store(to + at, load_as(from + at) * factor);
     if (at < d) store(to + at, load_part<T>(from + at, d - at) * factor);
   }
-  void pack_keys(int32_t h) {
-    const T* scales =
-        a.k_scale ? static_cast<const T*>(a.k_scale) + now->b * a.n_k * a.scale_stride_n + h : nullptr;
-    const bool ahead = next->b >= 0;
+  [[gnu::noinline]] void pack_keys(int32_t h) {
+    const T* scales = a.k_scale ? static_cast<const T*>(a.k_scale) + now->b * a.n_k * a.scale_stride_n + h : nullptr;
     for (int32_t j = 0; j < now->nk; ++j) {
       const int32_t source = now->k_source[j];
       const T factor = scales && source >= 0 ? scales[source * a.scale_stride_n] : T(1);
       pack_row(key_row(*now, a.k, a.extra_k, h, j), D, factor, k + int64_t(j) * Dp);
       pack_row(key_row(*now, a.v, a.extra_v, h, j), Dv, T(1), v + int64_t(j) * Dvp);
-      if (ahead && j < next->nk) {
-        prefetch(key_row(*next, a.k, a.extra_k, h, j), D);
-        prefetch(key_row(*next, a.v, a.extra_v, h, j), Dv);
-      }
     }
   }
 
@@ -224,8 +261,9 @@ struct Block {
   // rows [n][d] of t -> columns [d][kBlockQueries], and rows [n][dp]: those of the tails, or all of them.
   // Row i is multiplied by factor_i = factor * (scales ? scales[token * stride] : 1), its columns by
   // column_factor too.
-  void pack_queries(const Rows& t, int32_t h, int32_t d, int32_t dp, T factor, const T* scales,
-                    T column_factor, T* columns, T* rows, bool all_rows) const {
+  [[gnu::noinline]] void pack_queries(const Rows& t, int32_t h, int32_t d, int32_t dp, T factor,
+                                      const T* scales, T column_factor, T* columns, T* rows,
+                                      bool all_rows) const {
     for (int32_t i0 = 0; i0 < vectors * kN; i0 += kN) {
       const S* from[kN];
       T f[kN];
@@ -261,15 +299,12 @@ struct Block {
   const T* q_scales(int32_t h) const {
     return a.q_scale ? static_cast<const T*>(a.q_scale) + now->b * a.n_q * a.scale_stride_n + h : nullptr;
   }
-  void prefetch_queries(const Rows& t, int32_t h, int32_t d) const {
-    if (next->b < 0) return;
-    for (int32_t i = q0; i < q0 + n && i < next->nq; ++i) prefetch(query_row(*next, t, h, i), d);
-  }
-
   // out[j * kBlockQueries] = factor * (mat_j . x) for the keys j: a column of a block.
-  void dots(const T* mat, int32_t dp, const T* x, T factor, T* out) const {
+  [[gnu::noinline]] void dots(const T* mat, int32_t dp, const T* x, T factor, T* out) const {
     for (int32_t j0 = 0; j0 < now->nk; j0 += kN) {
-      Vec<T> r[kN] = {};
+      Vec<T> r[kN];
+#pragma GCC unroll 16
+      for (int32_t u = 0; u < kN; ++u) r[u] = Vec<T>{};
       for (int32_t d = 0; d < dp; d += kN) {
         const Vec<T> xv = load(x + d);
 #pragma GCC unroll 16
@@ -283,7 +318,7 @@ struct Block {
   // S of the block, complete with every term: after pack_queries into q and q_rows.
   void scores(int32_t h, T tail_factor) {
     const T* init = bias ? bias_of(h) + q0 : nullptr;
-    gemm_rows(Gemm<T>{k, Dp, q, kBlockQueries, init, q_most, s, kBlockQueries}, now->nk, D, vectors);
+    gemm_rows(Gemm<T>{k, Dp, q, kBlockQueries, init, q_most, s, kBlockQueries, &ahead}, now->nk, D, vectors);
     for (int32_t u = 0; u < tails; ++u) {
       const int32_t c = column_of_tail(u);
       dots(k, Dp, q_rows + int64_t(c) * Dp, tail_factor, s + c);
@@ -292,7 +327,7 @@ struct Block {
     if (now->regions || now->key_terms || a.mask) add_terms(h);
   }
   // The terms that few rows have: per key, mask, region.
-  void add_terms(int32_t h) {
+  [[gnu::noinline]] void add_terms(int32_t h) {
     const T across = a.activation == kSoftmax ? T(a.mask_value) * unit : -T(__builtin_inf());
     const int32_t wide = (vectors + (tails > 0)) * kN;
     if (mask) pack_mask(h, wide);

@@ -57,6 +57,7 @@ void strip(const Gemm<T>& g, int m, int v0, int n, std::integer_sequence<int, kR
   const int count = (m + most - 1) / most;
   for (int u = 0, i0 = 0; u < count; ++u) {  // as even as possible
     const int rows = (m - i0) / (count - u);
+    if (g.ahead) g.ahead->step(g.ahead->context);
     tiles[rows - 1](g, i0, v0, n);
     i0 += rows;
   }

@@ -7,6 +7,13 @@
 
 namespace vicinal::VICINAL_ISA {
 
+// Called once per tile: prefetches a few rows of what comes next, since a burst of prefetches stalls like the
+// loads.
+struct Ahead {
+  void (*step)(void* context);
+  void* context;
+};
+
 template <class T>
 struct Gemm {
   const T* a;
@@ -17,6 +24,7 @@ struct Gemm {
   int64_t init_stride;
   T* c;
   int64_t c_stride;
+  const Ahead* ahead;  // or null
 };
 
 // m rows, n steps, `vectors` vectors of lanes. gemm_rows: A[i][t] = a[i * a_stride + t]; gemm_columns:

@@ -40,6 +40,14 @@ struct Logits {
   }
 };
 
+// The words of slots `slot` (even) and slot + 1 of one query. Not inlined: its ten rounds in every unrolled
+// element would be most of a kernel's code.
+static __device__ __noinline__ uint2 dropout_pair(uint64_t seed, uint32_t batch_head, int32_t token,
+                                                  int slot) {
+  const Philox4 words = dropout_words(seed, slot / 4, token, batch_head);
+  return slot % 4 == 2 ? make_uint2(words.x[2], words.x[3]) : make_uint2(words.x[0], words.x[1]);
+}
+
 // Factors keep / (1 - p) of one window and head.
 struct Dropout {
   uint64_t seed = 0;
@@ -59,9 +67,8 @@ struct Dropout {
 
   // Slots `slot` (even) and slot + 1 of one query.
   __device__ float2 pair(int32_t token, int slot) const {
-    const Philox4 words = dropout_words(seed, slot / 4, token, batch_head);
-    const bool high = slot % 4 == 2;
-    return {factor(high ? words.x[2] : words.x[0]), factor(high ? words.x[3] : words.x[1])};
+    const uint2 words = dropout_pair(seed, batch_head, token, slot);
+    return {factor(words.x), factor(words.y)};
   }
 
   __device__ float one(int32_t token, int slot) const {

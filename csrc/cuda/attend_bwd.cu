@@ -78,12 +78,13 @@ __global__ void __launch_bounds__(kMaxThreads)
 __global__ void __launch_bounds__(kMaxThreads)
     attend_bwd_extra_kernel(AttendBwd p, const float* partial, int edge_slots, int extra_slots) {
   const Attend& a = p.a;
-  int64_t block = blockIdx.x;
+  uint32_t block = blockIdx.x;
   const int extra = take_index(block, a.n_extra), head = take_index(block, a.heads);
   const int slots = edge_slots + extra_slots, dims = a.head_dim + a.head_dim_v;
   const bool edge = extra < a.edge_row;
   const int first = edge ? 0 : edge_slots + extra - a.edge_row, last = edge ? edge_slots : first + 1;
-  const float* windows = partial + (block * a.heads + head) * a.plan.n_rows * slots * dims;
+  const float* windows =
+      partial + (static_cast<int64_t>(block) * a.heads + head) * a.plan.n_rows * slots * dims;
   for (int col = threadIdx.x; col < dims; col += kMaxThreads) {
     float sum = 0.0f;
     for (int64_t row = 0; row < a.plan.n_rows; ++row) {
@@ -97,7 +98,6 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <class T, int kCols>
 BwdPlan plan_of(const AttendBwd& p) {
-  constexpr int kInner = inner_slots(kCols);
   const Attend& a = p.a;
   BwdPlan plan{};
   Tiling t = tiling_of<T>(a, kCols);

@@ -44,27 +44,28 @@ __device__ __forceinline__ void store_extra(float* partial, int64_t stride, floa
   simt::sync_threads();
 }
 
-template <class T, int kCols, int kQueries>
+template <class T, int kCols>
 __global__ void __launch_bounds__(kMaxThreads)
     attend_bwd_kv_kernel(AttendBwd p, Tiling t, BwdBuffers buffers, int edge_slots, int extra_slots) {
-  constexpr int N = kQueries / 8, M = kCols / 8;
+  constexpr int N = kInner / 8, M = kCols / 8;
   const Attend& a = p.a;
   DYN_SMEM(raw);
   SmemCarver carver(raw);
   const int rows = block_rows(), up = warp_row() + lane_group();
   auto* keys = carver.take<KeySlot>(rows);
-  auto* queries = carver.take<QuerySlot>(t.stages * kQueries);
+  auto* queries = carver.take<QuerySlot>(t.stages * kInner);
   T* k_tile = carver.take<T>(rows * t.d_stride);
   T* v_tile = carver.take<T>(rows * t.dv_stride);
-  T* q_tile = carver.take<T>(t.stages * kQueries * t.d_stride);
-  T* dout_tile = carver.take<T>(t.stages * kQueries * t.dv_stride);
+  T* q_tile = carver.take<T>(t.stages * kInner * t.d_stride);
+  T* dout_tile = carver.take<T>(t.stages * kInner * t.dv_stride);
   float* stage_rows = carver.take<float>(buffers.extra ? rows * kCols : 0);
 
-  int64_t block = blockIdx.x;
+  uint32_t block = blockIdx.x;
   const int part = take_index(block, t.parts), head = take_index(block, a.heads),
             tile = take_index(block, t.k_tiles);
   const int k_first = tile * rows, first_col = part * kCols;
-  const Window w{block / a.plan.n_rows, head, static_cast<int32_t>(block % a.plan.n_rows)};
+  const int row = take_index(block, static_cast<int>(a.plan.n_rows));
+  const Window w{block, head, row};
   const Logits logit(a, w);
   const Dropout dropout(a, w);
 
@@ -76,21 +77,21 @@ __global__ void __launch_bounds__(kMaxThreads)
   float dk[M][4] = {}, dv[M][4] = {};
 
   auto load_slots = [&](int inner, int stage) {
-    for (int i = threadIdx.x; i < kQueries; i += blockDim.x) {
-      queries[stage * kQueries + i] = query_slot_bwd(p, buffers.delta, w, inner * kQueries + i);
+    for (int i = threadIdx.x; i < kInner; i += blockDim.x) {
+      queries[stage * kInner + i] = query_slot_bwd(p, buffers.delta, w, inner * kInner + i);
     }
   };
   auto load_tiles = [&](int inner, int stage) {
-    const int count = smaller(kQueries, a.plan.q_slots - inner * kQueries);
-    load_rows(q_tile + stage * kQueries * t.d_stride, t.d_stride, queries + stage * kQueries, count, a.q, a.q,
-              w, a.head_dim, t.d_pad, t.q_align);
-    load_rows(dout_tile + stage * kQueries * t.dv_stride, t.dv_stride, queries + stage * kQueries, count,
-              p.dout, p.dout, w, a.head_dim_v, t.dv_pad, t.out_align);
+    const int count = smaller(kInner, a.plan.q_slots - inner * kInner);
+    load_rows(q_tile + stage * kInner * t.d_stride, t.d_stride, queries + stage * kInner, count, a.q, a.q, w,
+              a.head_dim, t.d_pad, t.q_align);
+    load_rows(dout_tile + stage * kInner * t.dv_stride, t.dv_stride, queries + stage * kInner, count, p.dout,
+              p.dout, w, a.head_dim_v, t.dv_pad, t.out_align);
   };
   for_each_tile(t.q_tiles, t.stages, load_slots, load_tiles, [&](int inner, int stage) {
-    const int count = smaller(kQueries, a.plan.q_slots - inner * kQueries);
-    const T* q_rows = q_tile + stage * kQueries * t.d_stride;
-    const T* dout_rows = dout_tile + stage * kQueries * t.dv_stride;
+    const int count = smaller(kInner, a.plan.q_slots - inner * kInner);
+    const T* q_rows = q_tile + stage * kInner * t.d_stride;
+    const T* dout_rows = dout_tile + stage * kInner * t.dv_stride;
     float s[N][4] = {}, dp[N][4] = {};
     product_nt(s, k_tile + warp_row() * t.d_stride, t.d_stride, q_rows, t.d_stride, t.d_pad, count);
     product_nt(dp, v_tile + warp_row() * t.dv_stride, t.dv_stride, dout_rows, t.dv_stride, t.dv_pad, count);
@@ -99,8 +100,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int i = 8 * n + 2 * lane_pair() + e % 2, j = k_first + up + e / 2 * 8;
-        const QuerySlot q = queries[stage * kQueries + i];
-        const float logits = logit(s[n][e], q, key[e / 2], inner * kQueries + i, j);
+        const QuerySlot q = queries[stage * kInner + i];
+        const float logits = logit(s[n][e], q, key[e / 2], inner * kInner + i, j);
         const float z = dropout.on() ? dropout.one(q.token, j) : 1.0f;
         const PairGrad grad = pair_grad(a.activation, logits, dp[n][e], z, q);
         s[n][e] = grad.p;
@@ -138,8 +139,8 @@ template <class T, int kCols>
 cudaError_t backward_kv(const AttendBwd& p, const BwdPlan& plan, const BwdBuffers& buffers,
                         cudaStream_t stream) {
   const int64_t blocks = p.a.batch * p.a.plan.n_rows * plan.kv.k_tiles * p.a.heads * plan.kv.parts;
-  return launch_blocks(attend_bwd_kv_kernel<T, kCols, inner_slots(kCols)>, blocks, 2 * plan.kv_cut.rows,
-                       plan.kv_cut.smem, stream, p, plan.kv, buffers, plan.edge_slots, plan.extra_slots);
+  return launch_blocks(attend_bwd_kv_kernel<T, kCols>, blocks, 2 * plan.kv_cut.rows, plan.kv_cut.smem, stream,
+                       p, plan.kv, buffers, plan.edge_slots, plan.extra_slots);
 }
 
 #define INSTANCE(T, cols)                                                                        \

@@ -27,22 +27,22 @@ __device__ __forceinline__ void add_bias_gradient(float* partial, const float (&
   }
 }
 
-template <class T, int kCols, int kKeys>
+template <class T, int kCols>
 __global__ void __launch_bounds__(kMaxThreads)
     attend_bwd_q_kernel(AttendBwd p, Tiling t, BwdBuffers buffers, int chunks) {
-  constexpr int N = kKeys / 8, M = kCols / 8;
+  constexpr int N = kInner / 8, M = kCols / 8;
   const Attend& a = p.a;
   DYN_SMEM(raw);
   SmemCarver carver(raw);
   const int rows = block_rows(), up = warp_row() + lane_group();
   auto* queries = carver.take<QuerySlot>(rows);
-  auto* keys = carver.take<KeySlot>(t.stages * kKeys);
+  auto* keys = carver.take<KeySlot>(t.stages * kInner);
   T* q_tile = carver.take<T>(rows * t.d_stride);
   T* dout_tile = carver.take<T>(rows * t.dv_stride);
-  T* k_tile = carver.take<T>(t.stages * kKeys * t.d_stride);
-  T* v_tile = carver.take<T>(t.stages * kKeys * t.dv_stride);
+  T* k_tile = carver.take<T>(t.stages * kInner * t.d_stride);
+  T* v_tile = carver.take<T>(t.stages * kInner * t.dv_stride);
 
-  int64_t block = blockIdx.x;
+  uint32_t block = blockIdx.x;
   const int part = take_index(block, t.parts), head = take_index(block, a.heads);
   const int q_first = take_index(block, t.q_tiles) * rows, chunk = static_cast<int>(block);
   const int first_col = part * kCols, cols = smaller(kCols, t.d_pad - first_col);
@@ -66,22 +66,22 @@ __global__ void __launch_bounds__(kMaxThreads)
     float dq[M][4] = {};
 
     auto load_slots = [&](int tile, int stage) {
-      for (int j = threadIdx.x; j < kKeys; j += blockDim.x)
-        keys[stage * kKeys + j] = key_slot(a, w, tile * kKeys + j);
+      for (int j = threadIdx.x; j < kInner; j += blockDim.x)
+        keys[stage * kInner + j] = key_slot(a, w, tile * kInner + j);
     };
     auto load_tiles = [&](int tile, int stage) {
-      const int count = smaller(kKeys, t.k_total - tile * kKeys);
-      load_rows(k_tile + stage * kKeys * t.d_stride, t.d_stride, keys + stage * kKeys, count, a.k, a.extra_k,
-                w, a.head_dim, t.d_pad, t.k_align);
-      load_rows(v_tile + stage * kKeys * t.dv_stride, t.dv_stride, keys + stage * kKeys, count, a.v,
+      const int count = smaller(kInner, t.k_total - tile * kInner);
+      load_rows(k_tile + stage * kInner * t.d_stride, t.d_stride, keys + stage * kInner, count, a.k,
+                a.extra_k, w, a.head_dim, t.d_pad, t.k_align);
+      load_rows(v_tile + stage * kInner * t.dv_stride, t.dv_stride, keys + stage * kInner, count, a.v,
                 a.extra_v, w, a.head_dim_v, t.dv_pad, t.v_align);
     };
     for_each_tile(t.k_tiles, t.stages, load_slots, load_tiles, [&](int tile, int stage) {
-      const int count = smaller(kKeys, t.k_total - tile * kKeys);
-      const T* k_rows = k_tile + stage * kKeys * t.d_stride;
+      const int count = smaller(kInner, t.k_total - tile * kInner);
+      const T* k_rows = k_tile + stage * kInner * t.d_stride;
       float s[N][4] = {}, dp[N][4] = {};
       product_nt(s, q_tile + warp_row() * t.d_stride, t.d_stride, k_rows, t.d_stride, t.d_pad, count);
-      product_nt(dp, dout_tile + warp_row() * t.dv_stride, t.dv_stride, v_tile + stage * kKeys * t.dv_stride,
+      product_nt(dp, dout_tile + warp_row() * t.dv_stride, t.dv_stride, v_tile + stage * kInner * t.dv_stride,
                  t.dv_stride, t.dv_pad, count);
 #pragma unroll
       for (int n = 0; n < N; ++n) {
@@ -89,19 +89,19 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           float2 z{1.0f, 1.0f};
-          if (dropout.on()) z = dropout.pair(q[r].token, tile * kKeys + j);
+          if (dropout.on()) z = dropout.pair(q[r].token, tile * kInner + j);
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const KeySlot key = keys[stage * kKeys + j + e];
+            const KeySlot key = keys[stage * kInner + j + e];
             const float logits =
-                logit(s[n][2 * r + e], q[r], key, q_first + up + 8 * r, tile * kKeys + j + e);
+                logit(s[n][2 * r + e], q[r], key, q_first + up + 8 * r, tile * kInner + j + e);
             dp[n][2 * r + e] = pair_grad(a.activation, logits, dp[n][2 * r + e], e ? z.y : z.x, q[r]).ds;
             s[n][2 * r + e] = dp[n][2 * r + e] * key.scale;
           }
         }
       }
       if (partial)
-        add_bias_gradient(partial, dp, q_first + up, a.plan.q_slots, tile * kKeys, t.k_total,
+        add_bias_gradient(partial, dp, q_first + up, a.plan.q_slots, tile * kInner, t.k_total,
                           window == begin);
       product_pn<T>(dq, s, k_rows + first_col, t.d_stride, count, cols);
     });
@@ -121,8 +121,8 @@ template <class T, int kCols>
 cudaError_t backward_q(const AttendBwd& p, const BwdPlan& plan, const BwdBuffers& buffers,
                        cudaStream_t stream) {
   const int64_t blocks = static_cast<int64_t>(plan.chunks) * plan.q.q_tiles * p.a.heads * plan.q.parts;
-  return launch_blocks(attend_bwd_q_kernel<T, kCols, inner_slots(kCols)>, blocks, 2 * plan.q_cut.rows,
-                       plan.q_cut.smem, stream, p, plan.q, buffers, plan.chunks);
+  return launch_blocks(attend_bwd_q_kernel<T, kCols>, blocks, 2 * plan.q_cut.rows, plan.q_cut.smem, stream, p,
+                       plan.q, buffers, plan.chunks);
 }
 
 #define INSTANCE(T, cols) \

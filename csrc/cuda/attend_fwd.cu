@@ -59,10 +59,11 @@ __global__ void __launch_bounds__(kMaxThreads) attend_fwd_kernel(AttendFwd p, Ti
   T* k_tile = carver.take<T>(t.stages * kKeys * t.d_stride);
   T* v_tile = carver.take<T>(t.stages * kKeys * t.dv_stride);
 
-  int64_t block = blockIdx.x;
+  uint32_t block = blockIdx.x;
   const int part = take_index(block, t.parts), head = take_index(block, a.heads);
   const int q_first = take_index(block, t.q_tiles) * rows;
-  const Window w{block / a.plan.n_rows, head, static_cast<int32_t>(block % a.plan.n_rows)};
+  const int row = take_index(block, static_cast<int>(a.plan.n_rows));
+  const Window w{block, head, row};
   const int first_col = part * kCols, cols = smaller(kCols, t.dv_pad - first_col);
   const Logits logit(a, w);
   const Dropout dropout(a, w);

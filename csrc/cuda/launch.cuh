@@ -11,7 +11,7 @@ namespace vicinal::cuda {
 constexpr int kMaxHeadDim = 256, kMaxCols = 128;
 
 // The last index of a mixed-radix number, which it loses.
-__device__ inline int take_index(int64_t& rest, int extent) {
+__device__ inline int take_index(uint32_t& rest, int extent) {
   const int index = static_cast<int>(rest % extent);
   rest /= extent;
   return index;

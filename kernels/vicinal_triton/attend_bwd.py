@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .rows import across, down, key_slots, load_box, load_flags, load_key_rows, load_rows, load_scalars
 from .rows import query_slots, store_rows, store_scalars
-from .scores import dropout_keep, finish_scores
+from .scores import dropout_keep, finish_scores, load_added
 
 
 class Inputs(NamedTuple):
@@ -134,12 +134,14 @@ def attend_bwd_tile_kernel(
         )
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
+        added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
-        s = finish_scores(
-            kq, across(queries), down(keys), terms, window, h, flags, scale, mask_value, REGIONS, APPENDED
-        )
+        s = finish_scores(kq, added, across(queries), down(keys), flags, scale, mask_value, REGIONS, APPENDED)
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
         weights = WEIGHTS(s, lse)
+        if SOFTMAX:  # the rounding of lse, one factor per query, would not cancel in weights * (dp - rowsum)
+            mass = tl.sum(weights, 0)
+            weights *= tl.where(mass > 0.0, 1.0 / tl.where(mass > 0.0, mass, 1.0), 0.0)[None, :]
 
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
         v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
@@ -211,10 +213,9 @@ def attend_bwd_q_kernel(
         keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
         v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
+        added = load_added(down(queries), across(keys), terms, window, h, APPENDED)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
-        s = finish_scores(
-            qk, down(queries), across(keys), terms, window, h, flags, scale, mask_value, REGIONS, APPENDED
-        )
+        s = finish_scores(qk, added, down(queries), across(keys), flags, scale, mask_value, REGIONS, APPENDED)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if dropout is not None:
             keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
@@ -262,10 +263,9 @@ def attend_bwd_kv_kernel(
         delta = load_delta(x.delta, b, h, queries)
         if delta is not None:
             delta = delta[None, :]
+        added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
-        s = finish_scores(
-            kq, across(queries), down(keys), terms, window, h, flags, scale, mask_value, REGIONS, APPENDED
-        )
+        s = finish_scores(kq, added, across(queries), down(keys), flags, scale, mask_value, REGIONS, APPENDED)
         weights = WEIGHTS(s, lse)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
         kept = weights
@@ -312,14 +312,13 @@ def attend_bwd_bias_kernel(
         keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)
+        added = load_added(down(queries), across(keys), terms, window, h, APPENDED)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
         s = finish_scores(
             qk,
+            added,
             down(queries),
             across(keys),
-            terms,
-            window,
-            h,
             load_flags(plan, row),
             scale,
             mask_value,

@@ -20,7 +20,7 @@ from .rows import (
     store_rows,
 )
 from .rows import store_scalars
-from .scores import dropout_keep, finish_scores
+from .scores import dropout_keep, finish_scores, load_added
 
 
 @triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "q_tiles"])
@@ -53,10 +53,9 @@ def attend_fwd_kernel(
         keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         k = load_key_rows(K, ExtraK, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
         v = load_key_rows(V, ExtraV, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
+        added = load_added(down(queries), across(keys), terms, window, h, APPENDED)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
-        s = finish_scores(
-            qk, down(queries), across(keys), terms, window, h, flags, scale, mask_value, REGIONS, APPENDED
-        )
+        s = finish_scores(qk, added, down(queries), across(keys), flags, scale, mask_value, REGIONS, APPENDED)
         weights, m, l, rescale = STEP(s, m, l)
         if dropout is not None:
             weights = tl.where(dropout_keep(dropout, b, h, queries.token, first, BLOCK_K), weights, 0.0)

@@ -74,19 +74,18 @@ def load_flags(plan, row):
 def slot_entries(plan, box, slot):
     """token (-1 outside the box), region, code [S] of slots: sums over the three axes; boxed [S]: the slot lies in the box.
 
-    Whole entries are loaded, as one tile [S, 4]: the compiler repeats smaller loads, and the divisions before them, in
-    every layout that needs a field. Slots outside the box read its last one, so that every code is a valid one."""
+    A field is loaded as one tile [S, 4], its last column entry 0, and summed: the compiler repeats smaller loads, and the
+    divisions before them, in every layout that needs a field. Slots outside the box read its last one, so that every
+    code is a valid one."""
     boxed = slot < box.slots
     inside = tl.minimum(slot, box.slots - 1)
     rest = inside // box.extent2
-    field = tl.arange(0, 4)[None, :]
-    entry = tl.load(plan.axes + (box.begin0 + rest // box.extent1)[:, None] * 4 + field)
-    entry += tl.load(plan.axes + (box.begin1 + rest % box.extent1)[:, None] * 4 + field)
-    entry += tl.load(plan.axes + (box.begin2 + inside % box.extent2)[:, None] * 4 + field)
-    token_code, region_coord = tl.split(tl.reshape(entry, (slot.shape[0], 2, 2)))
-    token, code = tl.split(token_code)
-    region, _ = tl.split(region_coord)
-    return tl.where(boxed, token, -1), region, code, boxed
+    axis = tl.arange(0, 4)[None, :]
+    entry = tl.where(axis == 2, (box.begin2 + inside % box.extent2)[:, None], 0)
+    entry = tl.where(axis == 1, (box.begin1 + rest % box.extent1)[:, None], entry)
+    at = plan.axes + tl.where(axis == 0, (box.begin0 + rest // box.extent1)[:, None], entry) * 4
+    token = tl.sum(tl.load(at), 1)
+    return tl.where(boxed, token, -1), tl.sum(tl.load(at + 1), 1), tl.sum(tl.load(at + 2), 1), boxed
 
 
 @triton.jit

@@ -49,20 +49,33 @@ class Dropout(NamedTuple):
 
 
 @triton.jit
-def finish_scores(
-    qk, queries, keys, terms, window, h, flags, scale, mask_value, REGIONS: tl.constexpr, APPENDED: tl.constexpr
-):  # fmt: skip
-    """Scores from the dot products qk; `queries` and `keys` expanded against each other; -inf for keys that are not ok.
+def load_added(queries, keys, terms, window, h, APPENDED: tl.constexpr):
+    """What is added to the scaled scores per pair, bias and mask, or None; `queries`, `keys` expanded against each other.
 
-    Queries that are not ok get scores of no meaning: their outputs are not stored, and lse = inf makes their weights 0."""
-    s = qk * (queries.factor * scale) * keys.factor
+    To be called before the product of q and k: the compiler gives row sums and maxima the layout of whichever comes
+    first, and with that of these loads it computes the softmax twice."""
+    added = None
     if terms.bias is not None:
         index = (tl.where(keys.boxed, queries.code, 0) if APPENDED else queries.code) + keys.code
-        s += tl.load(terms.bias.data + h * terms.bias.stride_h + index)
+        added = tl.load(terms.bias.data + h * terms.bias.stride_h + index)
     if terms.mask is not None:
         at = terms.mask.data + (window % terms.mask.count) * terms.mask.stride_m + h * terms.mask.stride_h
         at += queries.slot.to(tl.int64) * terms.mask.stride_q + keys.slot * terms.mask.stride_k
-        s += tl.load(at, mask=queries.ok & keys.boxed, other=0.0)
+        mask = tl.load(at, mask=queries.ok & keys.boxed, other=0.0)
+        added = mask if added is None else added + mask
+    return added
+
+
+@triton.jit
+def finish_scores(
+    qk, added, queries, keys, flags, scale, mask_value, REGIONS: tl.constexpr, APPENDED: tl.constexpr
+):  # fmt: skip
+    """Scores from the dot products qk; -inf for keys that are not ok.
+
+    Queries that are not ok get scores of no meaning: their outputs are not stored, and lse = inf makes their weights 0."""
+    s = qk * (queries.factor * scale) * keys.factor
+    if added is not None:
+        s += added
     if REGIONS:
         if flags & 1:
             crosses = queries.region != keys.region

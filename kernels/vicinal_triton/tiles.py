@@ -1,8 +1,8 @@
 """The static tile table: per kernel, dtype class and padded head dim, how much of a window a program takes.
 
-No run-time autotuning: these are chosen so that no configuration spills on sm_80, sm_90 or sm_100 and all fit 99 KB of
-shared memory, the least of any GPU from Ampere on; tests/triton_budgets.json holds what the compiler makes of each. One
-table serves all architectures; an entry by architecture needs a measurement that favours it.
+No run-time autotuning. The entries are the largest tiles that the compiler keeps in registers, or nearly so, on sm_80,
+sm_90 and sm_100; none has been timed on a GPU. tests/triton_budgets.json holds registers, stack and shared memory of
+each. One table serves all architectures; an entry by architecture needs a measurement that favours it.
 """
 
 from typing import NamedTuple
@@ -19,81 +19,42 @@ class Tile(NamedTuple):
 
 KERNELS = ("fwd", "tile", "q", "kv", "bias")
 CLASSES = ("half", "tf32", "fp32", "fp64")
-HEAD_DIMS = (16, 32, 64, 128, 256)
+HEAD_DIMS = (32, 64, 128, 256)  # smaller ones use the entries of 32
 
-_HALF = {
-    "fwd": {
-        16: (64, 64, 4, 2),
-        32: (64, 64, 4, 2),
-        64: (64, 64, 4, 2),
-        128: (64, 64, 4, 2),
-        256: (64, 32, 4, 2),
-    },
-    "tile": {
-        16: (64, 64, 4, 1),
-        32: (64, 64, 4, 1),
-        64: (64, 64, 4, 1),
-        128: (64, 64, 8, 1),
-        256: (32, 32, 4, 1),
-    },
-    "q": {
-        16: (64, 64, 4, 2),
-        32: (64, 64, 4, 2),
-        64: (64, 64, 4, 2),
-        128: (64, 64, 8, 1),
-        256: (32, 32, 4, 1),
-    },
-    "kv": {
-        16: (64, 64, 4, 2),
-        32: (64, 64, 4, 2),
-        64: (64, 64, 4, 2),
-        128: (64, 64, 8, 1),
-        256: (32, 32, 4, 1),
-    },
-    "bias": {
-        16: (64, 64, 4, 2),
-        32: (64, 64, 4, 2),
-        64: (64, 64, 4, 2),
-        128: (64, 64, 8, 1),
-        256: (32, 32, 4, 1),
-    },
+Entries = dict[int, tuple[int, int, int, int]]
+
+_HALF: dict[str, Entries] = {
+    "fwd": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
+    "tile": {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+    "q": {32: (64, 64, 4, 2), 64: (32, 64, 4, 2), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
+    "kv": {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
+    "bias": {32: (64, 64, 4, 2), 64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
 }
-_TF32 = {
-    kernel: {
-        16: (64, 64, 4, 1),
-        32: (64, 64, 4, 1),
-        64: (64, 32, 4, 1),
-        128: (32, 32, 4, 1),
-        256: (16, 16, 4, 1),
-    }
-    for kernel in KERNELS
+_TF32_PASS: Entries = {32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)}
+_TF32: dict[str, Entries] = {
+    "fwd": {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+    "tile": {32: (64, 64, 8, 1), 64: (64, 64, 8, 1), 128: (32, 32, 4, 1), 256: (16, 16, 4, 1)},
+    "q": _TF32_PASS,
+    "kv": _TF32_PASS,
+    "bias": _TF32_PASS,
 }
-_FP32 = {
-    kernel: {
-        16: (64, 64, 8, 1),
-        32: (64, 64, 8, 1),
-        64: (32, 32, 4, 1),
-        128: (32, 32, 4, 1),
-        256: (16, 16, 4, 1),
-    }
-    for kernel in KERNELS
+_FP32_PASS: Entries = {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)}
+_FP32: dict[str, Entries] = {
+    "fwd": {32: (64, 64, 8, 1), 64: (64, 64, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+    "tile": {32: (64, 64, 8, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 16, 4, 1)},
+    "q": _FP32_PASS,
+    "kv": _FP32_PASS,
+    "bias": _FP32_PASS,
 }
-_FP64 = {
-    kernel: {
-        16: (32, 32, 4, 1),
-        32: (32, 32, 4, 1),
-        64: (32, 32, 4, 1),
-        128: (16, 16, 4, 1),
-        256: (16, 16, 4, 1),
-    }
-    for kernel in KERNELS
+_FP64_PASS: Entries = {32: (16, 16, 4, 1), 64: (16, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)}
+_FP64: dict[str, Entries] = {
+    "fwd": {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 4, 1), 256: (16, 16, 8, 1)},
+    "tile": {32: (32, 32, 4, 1), 64: (16, 16, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+    "q": _FP64_PASS,
+    "kv": _FP64_PASS,
+    "bias": _FP64_PASS,
 }
-TABLE: dict[str, dict[str, dict[int, tuple[int, int, int, int]]]] = {
-    "half": _HALF,
-    "tf32": _TF32,
-    "fp32": _FP32,
-    "fp64": _FP64,
-}
+TABLE: dict[str, dict[str, Entries]] = {"half": _HALF, "tf32": _TF32, "fp32": _FP32, "fp64": _FP64}
 
 
 def power_of_two(n: int) -> int:
@@ -103,7 +64,7 @@ def power_of_two(n: int) -> int:
 
 def choose(kernel: str, dtype_class: str, block_d: int, q_slots: int, k_slots: int) -> Tile:
     """The tile of a kernel for windows of q_slots x k_slots; small windows get small tiles and fewer warps."""
-    most = Tile(*TABLE[dtype_class][kernel][block_d])
+    most = Tile(*TABLE[dtype_class][kernel][max(HEAD_DIMS[0], block_d)])
     block_q, block_k = min(most.block_q, power_of_two(q_slots)), min(most.block_k, power_of_two(k_slots))
     warps = max(1, most.warps * block_q * block_k // (most.block_q * most.block_k))
     loops = k_slots > block_k or q_slots > block_q or kernel == "bias"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _cuda
 from ._attend import AttendCall, AttendGrads
 from ._backends import _C, Row
 
@@ -108,6 +108,14 @@ def _cpu_backward(call: AttendCall, grads: AttendGrads) -> None:
     _C.attend_bwd((*_backward_arguments(call, grads), torch.get_num_threads()))
 
 
+def _cuda_forward(call: AttendCall) -> None:
+    _cuda.forward(_forward_arguments(call), call.q.device)
+
+
+def _cuda_backward(call: AttendCall, grads: AttendGrads) -> None:
+    _cuda.backward(_backward_arguments(call, grads), call.q.device)
+
+
 def _triton_forward(call: AttendCall) -> None:
     from vicinal.kernels.attend import attend_fwd
 
@@ -145,6 +153,16 @@ class Launchers:
 
 
 ROWS = (
+    Launchers(
+        "cuda",
+        _cuda_forward,
+        _cuda_backward,
+        devices=("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        available=_backends.have_cuda,
+        max_head_dim=256,
+        min_arch=80,
+    ),
     Launchers(
         "triton",
         _triton_forward,

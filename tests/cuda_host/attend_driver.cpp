@@ -1,8 +1,8 @@
 // Runs one attend launch from a case file on the emulator and writes the buffers back.
-// Case file: kind ("fwd" or "bwd", 8 bytes), order, copies, seed, shared memory limit (int64 each), the parameter struct of
-// attend.h (int64 size, bytes), the offsets of its pointers (int64 count, each int64), the buffers (int64 count, each: int64
-// address that the pointers refer to, int64 size, bytes). Buffers get memory of exactly their size, so that AddressSanitizer
-// knows their ends.
+// Case file: kind ("fwd" or "bwd", 8 bytes), order, copies, seed, shared memory limit (int64 each), the
+// parameter struct of attend.h (int64 size, bytes), the offsets of its pointers (int64 count, each int64),
+// the buffers (int64 count, each: int64 address that the pointers refer to, int64 size, bytes). Buffers get
+// memory of exactly their size, so that AddressSanitizer knows their ends.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -81,9 +81,10 @@ int main(int argc, char** argv) {
   }
   vicinal_host_schedule(static_cast<int>(order), static_cast<int>(copies), static_cast<unsigned>(seed));
   vicinal_host_shared_memory(shared);
-  const int error = strcmp(kind, "fwd")
-                        ? run_bwd(relocated<vicinal::AttendBwd>(params, pointers, buffers))
-                        : vicinal::cuda::attend_fwd(relocated<vicinal::AttendFwd>(params, pointers, buffers), nullptr);
+  const int error =
+      strcmp(kind, "fwd")
+          ? run_bwd(relocated<vicinal::AttendBwd>(params, pointers, buffers))
+          : vicinal::cuda::attend_fwd(relocated<vicinal::AttendFwd>(params, pointers, buffers), nullptr);
   if (error) {
     std::fprintf(stderr, "launch failed with error %d: %s\n", error, vicinal_host_error_text());
     return 1;
@@ -94,6 +95,6 @@ int main(int argc, char** argv) {
     fwrite(buffer.data, 1, buffer.size, file);
     free(buffer.data);
   }
-  std::printf("bank conflicts: %ld\n", vicinal_host_bank_conflicts());
+  std::printf("%ld %zu\n", vicinal_host_bank_conflicts(), vicinal_host_largest_block());
   return fclose(file);
 }

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -27,13 +28,17 @@ FLAVORS = {
 EMULATOR = [CSRC / "cuda/on_host" / f"{name}.cpp" for name in ("collectives", "cuda_on_host", "fibers")]
 
 
+def nvcc() -> list[str]:
+    found = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not found:
+        pytest.skip("no nvcc: the CUDA headers come with it")
+    return [found]
+
+
 @functools.cache
 def cuda_includes() -> list[str]:
     """-isystem flags of the toolkit's headers as nvcc itself names them (nvcc on PATH may be a wrapper)."""
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if not nvcc:
-        pytest.skip("no nvcc: the CUDA headers come with it")
-    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    command = [*nvcc(), "--dryrun", "-E", "-x", "cu", os.devnull]
     text = subprocess.run(command, capture_output=True, text=True).stderr
     flags: list[str] = []
     for line in text.splitlines():
@@ -68,6 +73,10 @@ def run(command: list[str], output: Path) -> None:
 
 def compiled(source: Path, flags: list[str]) -> Path:
     """The object of a source, made if it is not in build/cuda_host."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the emulator switches stacks on x86-64 only")
+    if not shutil.which("g++"):
+        pytest.skip("no g++")
     command = ["g++", "-std=c++20", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags]
     command += [f"-I{CSRC}", *cuda_includes(), "-x", "c++", "-c", str(source)]
     digest = hashlib.sha256(repr(command).encode() + sources_digest() + source.read_bytes()).hexdigest()

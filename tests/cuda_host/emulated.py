@@ -1,6 +1,7 @@
-"""A backend "emulated" of windowed attention for tests: the CUDA kernels, compiled for a CPU, in a process of their own.
+"""A backend "emulated" for tests: the CUDA kernels, compiled for a CPU, each launch in a process of its own.
 
-A launch becomes a case file (attend_driver.cpp): the parameter struct of csrc/attend.h and every buffer that it points to.
+A launch becomes a case file (attend_driver.cpp): the parameter struct of csrc/attend.h and the buffers that
+it points to.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ SOURCES = [HERE / "attend_driver.cpp", *sorted((CSRC / "cuda").glob("attend_*.cu
 
 @dataclass
 class Emulation:
-    """Which build runs under which schedule; `conflicts` counts bank conflicts of ldmatrix."""
+    """Which build runs under which schedule. `conflicts` counts bank conflicts of ldmatrix; `largest_block`:
+    the most bytes of shared memory that a block asked for."""
 
     program: Path
     flavor: str
@@ -40,6 +42,7 @@ class Emulation:
     seed: int = 1
     shared_memory: int = 227 * 1024
     conflicts: int = 0
+    largest_block: int = 0
 
     def launch(self, kind: str, arguments: tuple[int | float, ...], tensors: list[Tensor]) -> None:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -49,7 +52,9 @@ class Emulation:
             file.flush()
             done = run_program(self.program, file.name, flavor=self.flavor)
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-            self.conflicts += int(done.stdout.split("bank conflicts:")[1])
+            conflicts, largest = map(int, done.stdout.split())
+            self.conflicts += conflicts
+            self.largest_block = max(self.largest_block, largest)
             result = Path(file.name).read_bytes()
         at = len(result) - sum(size + 16 for _, size in buffers)
         for address, size in buffers:
@@ -96,13 +101,11 @@ def only_here(device: str) -> str:
 def emulated(build: HostBuild, flavor: str = "plain", **schedule: int) -> Iterator[Emulation]:
     """Within it, backend="emulated" runs the CUDA kernels of this build under this schedule."""
     if "emulated" not in _backends.ORDER:
-        _backends.ORDER = (*_backends.ORDER, "emulated")
+        _backends.ORDER = (*_backends.ORDER, "emulated")  # type: ignore[assignment]
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
         row = _launch.Launchers("emulated", forward, backward, ("cpu",), dtypes, only_here, max_head_dim=256)
         _backends.register(row.capability("windowed"))
-        define(
-            _windowed_op.WINDOWED, "emulated", _windowed_op._forward(row), _windowed_op._backward(backward)
-        )
+        define(_windowed_op.WINDOWED, "emulated", _windowed_op._forward(row), _windowed_op._backward(row))
     emulation.append(Emulation(build(SOURCES, flavor), flavor, **schedule))
     try:
         yield emulation[-1]

@@ -1,7 +1,6 @@
 // The primitives of simt.h on integer data, against the fragment layouts written as strides over the whole
 // tile (one linear offset per lane and element), which is another formula than the emulator's.
 #include <cstring>
-#include <vector>
 
 #include "driver.h"
 
@@ -77,17 +76,17 @@ __global__ void mma_kernel(Tiles p) {
 template <class T>
 std::string multiplies(const char* name) {
   constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;
-  std::vector<int> a(16 * kDepth), b(8 * kDepth);
+  Vector<int> a(16 * kDepth), b(8 * kDepth);
   for (int i = 0; i < 16 * kDepth; ++i) a[i] = i * 7 % 23 - 11;
   for (int i = 0; i < 8 * kDepth; ++i) b[i] = i * 5 % 19 - 9;
-  std::vector<float> out(128), want(128);
+  Vector<float> out(128), want(128);
   for (int i = 0; i < 128; ++i) {
     want[i] = out[i] = static_cast<float>(i);
     for (int k = 0; k < kDepth; ++k)
       want[i] += static_cast<float>(a[i / 8 * kDepth + k] * b[i % 8 * kDepth + k]);
   }
-  launch(mma_kernel<T>, dim3(1), dim3(32), 0, nullptr, Tiles{a.data(), b.data(), out.data()});
-  return out == want ? "" : name;
+  const Tiles tiles{a.data(), b.data(), out.data()};
+  return done(launch(mma_kernel<T>, dim3(1), dim3(32), 0, nullptr, tiles)) && out == want ? "" : name;
 }
 
 // Loads a [16, 16] tile and its transpose with ldmatrix; counts elements that are not where the layouts want
@@ -117,9 +116,9 @@ __global__ void ldmatrix_kernel(int* wrong) {
 }
 
 std::string loads_matrices() {
-  std::vector<int> wrong(32);
-  launch(ldmatrix_kernel, dim3(1), dim3(32), 512, nullptr, wrong.data());
-  return wrong == std::vector<int>(32) ? "" : "ldmatrix";
+  Vector<int> wrong(32);
+  const cudaError_t error = launch(ldmatrix_kernel, dim3(1), dim3(32), 512, nullptr, wrong.data());
+  return done(error) && wrong == Vector<int>(32) ? "" : "ldmatrix";
 }
 
 __global__ void copy_kernel(const unsigned char* from, unsigned char* to) {
@@ -137,15 +136,19 @@ __global__ void copy_kernel(const unsigned char* from, unsigned char* to) {
 }
 
 std::string copies() {
-  std::vector<unsigned char> from(16), to(1024);
+  Vector<unsigned char> from(16), to(1024);
   for (int i = 0; i < 16; ++i) from[i] = static_cast<unsigned char>(100 + i);
-  launch(copy_kernel, dim3(1), dim3(64), 1024, nullptr, static_cast<const unsigned char*>(from.data()),
-         to.data());
+  const unsigned char* source = from.data();
+  if (!done(launch(copy_kernel, dim3(1), dim3(64), 1024, nullptr, source, to.data())))
+    return "cp.async launch";
   for (int i = 0; i < 31; ++i) {
     const int bytes = i < 17 ? 16 : i < 26 ? 8 : 4, valid = i < 17 ? i : i < 26 ? i - 17 : i - 26;
     for (int j = 0; j < 16; ++j) {
-      const int source = (bytes == 16 ? 0 : bytes) + j;
-      const int want = j >= bytes ? 0xff : j < valid ? from[source] : 0;  // 0xff: the poison of shared memory
+      const int at = (bytes == 16 ? 0 : bytes) + j;
+#ifdef __CUDACC__
+      if (j >= bytes) continue;
+#endif
+      const int want = j >= bytes ? 0xff : j < valid ? from[at] : 0;  // 0xff: the emulator's poison
       if (to[16 * (63 - i) + j] != want) return "cp.async";
     }
   }
@@ -166,8 +169,8 @@ __global__ void shuffle_kernel(int* out) {
 }
 
 std::string shuffles() {
-  std::vector<int> out(40);
-  launch(shuffle_kernel, dim3(1), dim3(8, 5), 0, nullptr, out.data());
+  Vector<int> out(40);
+  if (!done(launch(shuffle_kernel, dim3(1), dim3(8, 5), 0, nullptr, out.data()))) return "shfl launch";
   for (int id = 0; id < 40; ++id) {
     if (out[id] != (id < 32 ? (id ^ 3) + 100 * (id < 16 ? 5 : 20) : 3 * (id ^ 1))) return "shfl";
   }
@@ -179,9 +182,9 @@ __global__ void grid_kernel(int* seen) {
 }
 
 std::string visits_every_block() {
-  std::vector<int> seen(30);
-  launch(grid_kernel, dim3(5, 3, 2), dim3(1), 0, nullptr, seen.data());
-  if (seen != std::vector<int>(30, 2)) return "grid";
+  Vector<int> seen(30);
+  const cudaError_t error = launch(grid_kernel, dim3(5, 3, 2), dim3(1), 0, nullptr, seen.data());
+  if (!done(error) || seen != Vector<int>(30, 2)) return "grid";
   return launch(grid_kernel, dim3(1), dim3(1025), 0, nullptr, seen.data()) == cudaSuccess ? "launch limits"
                                                                                           : "";
 }

@@ -1,4 +1,4 @@
-"""The CUDA attend kernels on the emulator: every option, outputs and gradients, against float64 under several schedules."""
+"""The CUDA attend kernels on the emulator, and on a GPU where there is one: every option, with gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import vicinal
 from vicinal import RelativeBias, Windows, _windowed_run, reference
 
 from .conftest import HostBuild
-from .emulated import emulated
+from .emulated import Emulation, emulated
 
 # order, copies, seed of the emulator: see NamedSchedule in driver.h
 SCHEDULES = {"forward_eager": (0, 0, 1), "reverse_lazy": (1, 1, 1)}
@@ -46,7 +46,8 @@ def table(case: Case, scale: float = 0.5) -> Tensors:
     total = 1
     for w in sizes:
         assert w is not None
-        total *= w + (w if kv is None else int(kv)) - 1  # type: ignore[call-overload]
+        assert kv is None or isinstance(kv, int)
+        total *= w + (w if kv is None else kv) - 1
     return {"table": scale * torch.randn(total, case.heads)}
 
 
@@ -124,48 +125,61 @@ def inputs(case: Case) -> Tensors:
     torch.manual_seed(0)
     shape = (case.batch, *case.grid, case.heads)
     qkv = {n: torch.randn(*shape, d).to(case.dtype) for n, d in zip("qkv", (*case.dims[:1], *case.dims))}
-    return qkv | case.tensors(case)
+    made = qkv | case.tensors(case)
+    if "key_padding_mask" in made:  # what an ignored key holds is nobody's business
+        ignored = made["key_padding_mask"].isinf() | (made["key_padding_mask"] == 1)
+        for name in ("k", "v"):
+            made[name] = made[name].masked_fill(ignored[..., None, None], torch.nan)
+    return made
 
 
-def run(case: Case, backend: str, dtype: torch.dtype, compute: torch.dtype | None = None) -> Tensors:
+def run(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    compute: torch.dtype | None = None,
+    device: str = "cpu",
+) -> Tensors:
     """out, lse and the gradient of every floating-point input, in float64."""
     given = {}
     for name, x in inputs(case).items():
         narrow = dtype == torch.float64 or name in ("q", "k", "v", "edge_k", "edge_v", "extra_k", "extra_v")
         x = x.to(dtype) if x.is_floating_point() and narrow else x
-        given[name] = x.clone().requires_grad_(x.is_floating_point() and "mask" not in name)
-    named = {n: t for n, t in given.items() if n not in ("q", "k", "v", "table")}
+        given[name] = x.to(device).clone().requires_grad_(x.is_floating_point() and "mask" not in name)
+    named: dict[str, Any] = {n: t for n, t in given.items() if n not in ("q", "k", "v", "table")}
     if "table" in given:
-        named["bias"] = RelativeBias(given["table"])  # type: ignore[assignment]
+        named["bias"] = RelativeBias(given["table"])
+    softmax = dict(case.options).get("activation", "softmax") == "softmax"
     torch.manual_seed(1)  # of dropout
     plain = reference.windowed
     _windowed_run.reference.windowed = partial(plain, compute_dtype=compute) if compute else plain
     try:
-        out, lse = vicinal.windowed_attention(
+        found = vicinal.windowed_attention(
             given["q"],
             given["k"],
             given["v"],
             case.windows,
             **named,
             **dict(case.options),
-            return_lse=True,
+            return_lse=softmax,
             backend=backend,
         )
     finally:
         _windowed_run.reference.windowed = plain
     torch.manual_seed(2)
-    dout, dlse = torch.randn(out.shape, dtype=torch.float64), torch.randn(lse.shape, dtype=torch.float64)
-    loss = (out.double() * dout.to(case.dtype).double()).sum()
-    if case.windows and dict(case.options).get("activation", "softmax") == "softmax":
-        loss = loss + (lse.masked_fill(lse.isinf(), 0).double() * dlse.float().double()).sum()
+    results, loss = dict(zip(("out", "lse"), found if softmax else (found,))), torch.zeros((), device=device)
+    for x in results.values():
+        upstream = torch.randn(x.shape).to(case.dtype)
+        loss = loss + (x.masked_fill(x.isinf(), 0).double() * upstream.to(device).double()).sum()
     loss.backward()
-    results = {"out": out.detach(), "lse": lse.detach()}
+    results = {n: x.detach() for n, x in results.items()}
     results |= {f"d{n}": t.grad for n, t in given.items() if t.requires_grad and t.grad is not None}
-    return {n: t.double() for n, t in results.items()}
+    return {n: t.double().cpu() for n, t in results.items()}
 
 
 def check(case: Case, got: Tensors) -> None:
-    """Error against float64 at most twice that of dense PyTorch in the same dtype, plus 4 eps of the largest value."""
+    """Error against float64 at most twice that of dense PyTorch in the same dtype, plus 4 eps of the largest
+    value."""
     exact = run(case, "reference", torch.float64)
     peer = run(case, "reference", case.dtype, case.dtype)
     assert got.keys() == exact.keys()
@@ -180,15 +194,53 @@ def check(case: Case, got: Tensors) -> None:
         assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
 
 
-def emulate(case: Case, build: HostBuild, flavor: str, schedule: str) -> tuple[Tensors, int]:
+def emulate(case: Case, build: HostBuild, flavor: str, schedule: str) -> tuple[Tensors, Emulation]:
     order, copies, seed = SCHEDULES[schedule]
     options = {"order": order, "copies": copies, "seed": seed, "shared_memory": case.shared_memory}
     with emulated(build, flavor, **options) as emulation:
-        return run(case, "emulated", case.dtype), emulation.conflicts
+        return run(case, "emulated", case.dtype), emulation
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_option(name: str, host_build: HostBuild) -> None:
     schedule = list(SCHEDULES)[list(CASES).index(name) % len(SCHEDULES)]
-    got, _ = emulate(CASES[name], host_build, "plain", schedule)
+    got, emulation = emulate(CASES[name], host_build, "plain", schedule)
     check(CASES[name], got)
+    assert emulation.conflicts == 0
+
+
+@pytest.mark.parametrize(("dim", "kibibytes"), [(32, 24), (64, 39), (96, 55), (128, 71), (256, 135)])
+def test_shared_memory(dim: int, kibibytes: int, host_build: HostBuild) -> None:
+    """What a 7 x 7 window needs, forward and backward: it decides how many blocks a multiprocessor holds."""
+    case = Case((7, 7), Windows(7), (dim, dim), heads=1, batch=1)
+    got, emulation = emulate(case, host_build, "plain", "forward_eager")
+    check(case, got)
+    assert emulation.largest_block <= kibibytes * 1024
+
+
+@pytest.mark.parametrize("name", ["two_tiles", "two_tiles_float", "extras", "little_shared"])
+def test_results_do_not_depend_on_the_schedule(name: str, host_build: HostBuild) -> None:
+    results = [emulate(CASES[name], host_build, "plain", schedule)[0] for schedule in SCHEDULES]
+    for result in results[1:]:
+        assert all(torch.equal(result[n], x) for n, x in results[0].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_address_sanitizer(name: str, host_build: HostBuild) -> None:
+    check(CASES[name], emulate(CASES[name], host_build, "asan", "forward_eager")[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["forward_eager", "random_1"])
+@pytest.mark.parametrize("name", ["swin", "two_tiles", "two_tiles_float", "little_shared", "extras"])
+def test_race_detector(name: str, schedule: str, host_build: HostBuild) -> None:
+    check(CASES[name], emulate(CASES[name], host_build, "tsan", schedule)[0])
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if "dropout_p" not in dict(case.options)])
+def test_on_a_gpu(name: str) -> None:
+    """Not with dropout: its seed is drawn on the device, so that the float64 run drops other weights."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no GPU")
+    check(CASES[name], run(CASES[name], "cuda", CASES[name].dtype, device="cuda"))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from .conftest import FLAVORS, HostBuild, run_program
-
-HERE = Path(__file__).parent
+from .conftest import CSRC, FLAVORS, HERE, HostBuild, nvcc, run_program
 
 # bug: what the plain build, the one with address and undefined-behaviour sanitizers, and the race detector
 # say under some schedule. None: nothing, because no schedule can show it there.
@@ -61,3 +61,13 @@ def test_primitives(flavor: str, host_build: HostBuild) -> None:
     done = run_program(host_build([HERE / "primitives.cpp"], flavor), flavor=flavor)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("right") == 5
+
+
+def test_primitives_on_a_gpu(tmp_path: Path) -> None:
+    """The same program through nvcc: the PTX halves of the primitives give what their emulations give."""
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no GPU")
+    command = [*nvcc(), "-std=c++17", f"-I{CSRC}", "-arch=native", "-x", "cu", str(HERE / "primitives.cpp")]
+    subprocess.run([*command, "-o", str(tmp_path / "primitives")], check=True)
+    done = subprocess.run([tmp_path / "primitives"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -61,6 +61,19 @@ void gather_tf32(void* const* args, Tiles& t) {
 
 }  // namespace
 
+const char* name_of(Op op) {
+  switch (op) {
+    case kSyncWarp:
+      return "sync_warp";
+    case kShuffle:
+      return "shfl";
+    case kLdmatrix:
+      return "ldmatrix";
+    default:
+      return "mma";
+  }
+}
+
 void shuffle_lanes(unsigned lanes, void* const* args) {
   uint64_t values[32];
   for (int lane = 0; lane < 32; ++lane) {

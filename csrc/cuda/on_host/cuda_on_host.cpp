@@ -81,7 +81,7 @@ struct Machine {
   Barrier barrier;
   std::vector<Warp> warps;
   unsigned char* shared = nullptr;
-  size_t shared_bytes = 0, shared_room = 0, shared_limit = 227 * 1024;
+  size_t shared_bytes = 0, shared_room = 0, shared_limit = 227 * 1024, largest_block = 0;
   Fiber main;  // the caller of launch; no stack of its own
   char launch_tag, done_tag;
 } m;
@@ -170,19 +170,6 @@ void open_barrier_if_full() {
   }
   m.barrier.arrived = 0;
   ++m.barrier.generation;
-}
-
-const char* name_of(Op op) {
-  switch (op) {
-    case kSyncWarp:
-      return "sync_warp";
-    case kShuffle:
-      return "shfl";
-    case kLdmatrix:
-      return "ldmatrix";
-    default:
-      return "mma";
-  }
 }
 
 // Computes for the whole group and lets its lanes go on once every live lane of the mask has arrived.
@@ -369,6 +356,7 @@ cudaError_t run_grid(void (*entry)(void*), void* args, dim3 grid, dim3 block, si
                      grid.x, grid.y, grid.z, block.x, block.y, block.z, smem);
     return cudaErrorInvalidConfiguration;
   }
+  if (smem > m.largest_block) m.largest_block = smem;
   m.entry = entry;
   m.args = args;
   current = &m.main;
@@ -399,5 +387,6 @@ void vicinal_host_schedule(int order, int copies, unsigned seed) {
 }
 const char* vicinal_host_error_text() { return m.error.c_str(); }
 void vicinal_host_shared_memory(size_t bytes) { m.shared_limit = bytes; }
+size_t vicinal_host_largest_block() { return m.largest_block; }
 long vicinal_host_bank_conflicts() { return m.bank_conflicts; }
 }

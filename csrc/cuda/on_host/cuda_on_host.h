@@ -21,6 +21,7 @@
 #undef __shared__
 #undef __constant__
 #undef __forceinline__
+#undef __noinline__
 #undef __launch_bounds__
 #undef __grid_constant__
 #define __global__
@@ -29,6 +30,7 @@
 #define __constant__
 #define __shared__ static_assert(false, "use DYN_SMEM and SmemCarver");
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -110,6 +112,7 @@ extern "C" {
 void vicinal_host_schedule(int order, int copies, unsigned seed);
 const char* vicinal_host_error_text();
 void vicinal_host_shared_memory(size_t bytes);  // limit of a block; 227 KiB at first
+size_t vicinal_host_largest_block();            // most shared memory of a launch so far
 long vicinal_host_bank_conflicts();             // extra shared-memory cycles of all ldmatrix calls so far
 }
 

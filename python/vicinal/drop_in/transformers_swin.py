@@ -18,7 +18,7 @@ class FusedSwinLayer(modeling_swin.SwinLayer):
     Attention weights exist only where the original layer computes them: with `output_attentions` it runs as
     it was."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         input_dimensions: tuple[int, int],
