@@ -25,12 +25,7 @@ ACTIVATIONS = {
     "softmax": (softmax.softmax_step, softmax.softmax_finish, softmax.softmax_weights, softmax.softmax_slope),
     "relu2": (softmax.relu2_step, softmax.pointwise_finish, softmax.relu2_weights, softmax.relu2_slope),
     "relu": (softmax.relu_step, softmax.pointwise_finish, softmax.relu_weights, softmax.relu_slope),
-    "none": (
-        softmax.identity_step,
-        softmax.pointwise_finish,
-        softmax.identity_weights,
-        softmax.identity_slope,
-    ),
+    "none": (softmax.identity_step, softmax.pointwise_finish, softmax.identity_weights, softmax.identity_slope),
 }
 BIAS_PROGRAMS = 1024  # programs that share the windows of a bias gradient; bounds the memory of their sums
 DELTA_BLOCK = 32
@@ -256,9 +251,7 @@ def _bias_sums(
     """Runs a kernel that sums ds over chunks of windows, per class of plan rows, and adds the sums into dbias [H, T]."""
     call, heads = run.call, run.heads
     q_side, k_side = grid[0] * tile.block_q, grid[1] * tile.block_k
-    classes: list[RowClass] = row_classes(
-        call.plan.axes, call.plan.rows, run.appended, dbias.shape[1], k_side
-    )
+    classes: list[RowClass] = row_classes(call.plan.axes, call.plan.rows, run.appended, dbias.shape[1], k_side)
     for i, row_class in enumerate(classes):
         listed = row_class.rows.shape[0]
         items = call.q.shape[0] * listed

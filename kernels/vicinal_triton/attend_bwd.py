@@ -55,9 +55,7 @@ class BiasGrad(NamedTuple):
 
 
 @triton.jit
-def store_key_rows(
-    X, part, at, b, h, keys, flags, grad, EDGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def store_key_rows(X, part, at, b, h, keys, flags, grad, EDGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The gradient of key or value slots [S, BLOCK_D]: tokens to X, extra rows to their share `at` of `part`."""
     store_rows(X, b, h, keys.token, keys.token >= 0, grad, D, BLOCK_D)
     if part is not None:
@@ -72,11 +70,11 @@ def store_key_rows(
 
 @triton.jit
 def load_delta(delta, b, h, queries):
-    """delta [Q] of the query slots, or None."""
-    if delta is None:
-        return None
-    else:
-        return load_scalars(delta, b, h, queries.token, queries.ok, 0.0)
+    """delta [Q] of the query slots, 0 where there is none."""
+    values = queries.factor * 0.0
+    if delta is not None:
+        values = load_scalars(delta, b, h, queries.token, queries.ok, 0.0)
+    return values
 
 
 @triton.jit(do_not_specialize=["n_tokens", "heads", "n_q"])
@@ -94,9 +92,7 @@ def attend_bwd_delta_kernel(
         d = tl.arange(0, BLOCK_DV)
         mask = ok[:, None] & (d < DV)[None, :]
         out_at = Out.data + h * Out.stride_h + (b * Out.stride_b + token * Out.stride_n)[:, None] + d[None, :]
-        dout_at = (
-            DOut.data + h * DOut.stride_h + (b * DOut.stride_b + token * DOut.stride_n)[:, None] + d[None, :]
-        )
+        dout_at = DOut.data + h * DOut.stride_h + (b * DOut.stride_b + token * DOut.stride_n)[:, None] + d[None, :]
         out = tl.load(out_at, mask=mask, other=0.0).to(ACC)
         delta = tl.sum(out * tl.load(dout_at, mask=mask, other=0.0).to(ACC), 1)
     if DLse is not None:
@@ -129,9 +125,7 @@ def attend_bwd_tile_kernel(
         window = b * n_rows + row
         flags = load_flags(plan, row)
         queries = query_slots(plan, load_box(plan, row, 0), tl.arange(0, BLOCK_Q), b, h, terms.q_scale, ACC)
-        keys = key_slots(
-            plan, load_box(plan, row, 1), tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC
-        )
+        keys = key_slots(plan, load_box(plan, row, 1), tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
         added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
@@ -155,24 +149,15 @@ def attend_bwd_tile_kernel(
         store_key_rows(grads.dv, grads.part_v, window, b, h, keys, flags, dv, EDGE, DV, BLOCK_DV)
 
         delta = load_delta(x.delta, b, h, queries)
-        if SOFTMAX:
-            rowsum = tl.sum(weights * dp, 0)
-            delta = rowsum if delta is None else rowsum - delta
-        elif delta is not None:
-            delta = -delta
-        if delta is not None:
-            delta = delta[None, :]
-        ds = SLOPE(s, weights, dp, lse, delta)
+        delta = (tl.sum(weights * dp, 0) if SOFTMAX else 0.0) - delta
+        ds = SLOPE(s, weights, dp, lse, delta[None, :], x.delta is not None)
         total += ds
         dk = tl.dot((ds * queries.factor[None, :]).to(q.dtype), q, input_precision=PRECISION, out_dtype=ACC)
         dk *= keys.factor[:, None] * scale
         store_key_rows(grads.dk, grads.part_k, window, b, h, keys, flags, dk, EDGE, D, BLOCK_D)
         # ds is a right operand here: a transposed result as left operand is what Triton miscompiles.
-        dq = tl.trans(
-            tl.dot(
-                tl.trans(k), (ds * keys.factor[:, None]).to(k.dtype), input_precision=PRECISION, out_dtype=ACC
-            )
-        )  # [BLOCK_Q, BLOCK_D]
+        dq = tl.trans(tl.dot(tl.trans(k), (ds * keys.factor[:, None]).to(k.dtype), input_precision=PRECISION,
+                             out_dtype=ACC))  # [BLOCK_Q, BLOCK_D]
         store_rows(DQ, b, h, queries.token, queries.ok, dq * queries.factor[:, None] * scale, D, BLOCK_D)
     if dbias is not None:
         to = dbias.data + part * dbias.stride_c + h * dbias.stride_h
@@ -202,9 +187,7 @@ def attend_bwd_q_kernel(
     q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
     dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
     lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))
-    delta = load_delta(x.delta, b, h, queries)
-    if delta is not None:
-        delta = delta[:, None]
+    delta = load_delta(x.delta, b, h, queries)[:, None]
     box = load_box(plan, row, 1)
     flags = load_flags(plan, row)
 
@@ -220,7 +203,7 @@ def attend_bwd_q_kernel(
         if dropout is not None:
             keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
-        ds = SLOPE(s, WEIGHTS(s, lse[:, None]), dp, lse[:, None], delta) * keys.factor[None, :]
+        ds = SLOPE(s, WEIGHTS(s, lse[:, None]), dp, lse[:, None], delta, x.delta is not None) * keys.factor[None, :]
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
     dq *= queries.factor[:, None] * scale
     store_rows(DQ, b, h, queries.token, queries.ok, dq, D, BLOCK_D)
@@ -245,9 +228,7 @@ def attend_bwd_kv_kernel(
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
     first = (tile % k_tiles).to(tl.int32) * BLOCK_K
-    keys = key_slots(
-        plan, load_box(plan, row, 1), first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC
-    )
+    keys = key_slots(plan, load_box(plan, row, 1), first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
     k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
     v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
     box = load_box(plan, row, 0)
@@ -260,9 +241,7 @@ def attend_bwd_kv_kernel(
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
-        delta = load_delta(x.delta, b, h, queries)
-        if delta is not None:
-            delta = delta[None, :]
+        delta = load_delta(x.delta, b, h, queries)[None, :]
         added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
         s = finish_scores(kq, added, across(queries), down(keys), flags, scale, mask_value, REGIONS, APPENDED)
@@ -274,16 +253,14 @@ def attend_bwd_kv_kernel(
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
             kept = tl.where(keep, weights * tl.full((1, 1), keep_scale, ACC), 0.0)
         dv += tl.dot(kept.to(dout.dtype), dout, input_precision=PRECISION, out_dtype=ACC)
-        ds = SLOPE(s, weights, dp, lse, delta) * queries.factor[None, :]
+        ds = SLOPE(s, weights, dp, lse, delta, x.delta is not None) * queries.factor[None, :]
         dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION, out_dtype=ACC)
     dk *= keys.factor[:, None] * scale
     store_key_rows(grads.dk, grads.part_k, tile, b, h, keys, flags, dk, EDGE, D, BLOCK_D)
     store_key_rows(grads.dv, grads.part_v, tile, b, h, keys, flags, dv, EDGE, DV, BLOCK_DV)
 
 
-@triton.jit(
-    do_not_specialize=["n_rows", "heads", "n_extra", "items", "listed", "chunk", "q_tiles", "k_tiles"]
-)
+@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "items", "listed", "chunk", "q_tiles", "k_tiles"])
 def attend_bwd_bias_kernel(
     x, dbias, plan, terms, dropout,
     scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items, listed, chunk,
@@ -314,17 +291,7 @@ def attend_bwd_bias_kernel(
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)
         added = load_added(down(queries), across(keys), terms, window, h, APPENDED)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
-        s = finish_scores(
-            qk,
-            added,
-            down(queries),
-            across(keys),
-            load_flags(plan, row),
-            scale,
-            mask_value,
-            REGIONS,
-            APPENDED,
-        )
+        s = finish_scores(qk, added, down(queries), across(keys), load_flags(plan, row), scale, mask_value, REGIONS, APPENDED)
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)
         v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
@@ -332,14 +299,7 @@ def attend_bwd_bias_kernel(
             keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[:, None]
-        delta = load_delta(x.delta, b, h, queries)
-        if delta is not None:
-            delta = delta[:, None]
-        total += SLOPE(s, WEIGHTS(s, lse), dp, lse, delta)
-    to = (
-        dbias.data
-        + part * dbias.stride_c
-        + h * dbias.stride_h
-        + q_slot.to(tl.int64)[:, None] * dbias.stride_q
-    )
+        delta = load_delta(x.delta, b, h, queries)[:, None]
+        total += SLOPE(s, WEIGHTS(s, lse), dp, lse, delta, x.delta is not None)
+    to = dbias.data + part * dbias.stride_c + h * dbias.stride_h + q_slot.to(tl.int64)[:, None] * dbias.stride_q
     tl.store(to + (first + tl.arange(0, BLOCK_K))[None, :], total)

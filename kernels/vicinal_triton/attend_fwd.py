@@ -8,17 +8,7 @@ over one tile; larger ones loop over key tiles with the online softmax.
 import triton
 import triton.language as tl
 
-from .rows import (
-    across,
-    down,
-    key_slots,
-    load_box,
-    load_flags,
-    load_key_rows,
-    load_rows,
-    query_slots,
-    store_rows,
-)
+from .rows import across, down, key_slots, load_box, load_flags, load_key_rows, load_rows, query_slots, store_rows
 from .rows import store_scalars
 from .scores import dropout_keep, finish_scores, load_added
 

@@ -38,9 +38,7 @@ def row_classes(axes: Tensor, rows: Tensor, appended: int, table: int, k_stride:
     known = _classes.setdefault(rows, {})
     key = (appended, table, k_stride)
     if key not in known:
-        known[key] = _build_classes(
-            axes.cpu().long(), rows.cpu().long(), appended, table, k_stride, rows.device
-        )
+        known[key] = _build_classes(axes.cpu().long(), rows.cpu().long(), appended, table, k_stride, rows.device)
     return known[key]
 
 
@@ -63,12 +61,7 @@ def _build_classes(
 
 
 def _row_class(
-    name: tuple[tuple[int, ...], ...],
-    rows: list[int],
-    appended: int,
-    table: int,
-    k_stride: int,
-    device: torch.device,
+    name: tuple[tuple[int, ...], ...], rows: list[int], appended: int, table: int, k_stride: int, device: torch.device
 ) -> RowClass:
     q_code, k_code = _slot_codes(name[:3]), _slot_codes(name[3:])
     index = q_code[:, None] + k_code[None, :]

@@ -124,12 +124,16 @@ def store_rows(X, b, h, token, ok, values, D: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 def load_key_rows(X, EXTRA, b, h, keys, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Key or value rows [S, BLOCK_D] of key slots: tokens, and extra rows where the slot names one."""
-    tile = load_rows(X, b, h, keys.token, keys.ok & (keys.token >= 0), D, BLOCK_D)
+    """Key or value rows [S, BLOCK_D] of key slots: tokens, and extra rows where the slot names one.
+
+    One load through chosen pointers: to choose between two loaded tiles costs a second load, and Triton 3.7.1 fails to
+    compile it with some other options."""
+    at = X.data + b * X.stride_b + h * X.stride_h + keys.token.to(tl.int64) * X.stride_n
     if EXTRA is not None:
-        extra = load_rows(EXTRA, b, h, keys.extra, keys.ok & (keys.extra >= 0), D, BLOCK_D)
-        tile = tl.where((keys.extra >= 0)[:, None], extra, tile)
-    return tile
+        extra_at = EXTRA.data + b * EXTRA.stride_b + h * EXTRA.stride_h + keys.extra.to(tl.int64) * EXTRA.stride_n
+        at = tl.where(keys.extra >= 0, extra_at, at)
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(at[:, None] + d[None, :], mask=keys.ok[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -144,9 +148,7 @@ def query_slots(plan, box, slot, b, h, q_scale, ACC: tl.constexpr):
 
 
 @triton.jit
-def key_slots(
-    plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, APPENDED: tl.constexpr, ACC: tl.constexpr
-):
+def key_slots(plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, APPENDED: tl.constexpr, ACC: tl.constexpr):
     """The key slots [S] of a plan row: its key box, then the extra rows from EDGE on."""
     token, region, code, boxed = slot_entries(plan, box, slot)
     extra = token * 0 - 1
@@ -172,30 +174,12 @@ def key_slots(
 @triton.jit
 def down(s):
     """Slots as a column [S, 1]."""
-    return Slots(
-        s.slot[:, None],
-        s.token[:, None],
-        s.extra[:, None],
-        s.ok[:, None],
-        s.boxed[:, None],
-        s.region[:, None],
-        s.code[:, None],
-        s.factor[:, None],
-        s.shift[:, None],
-    )
+    return Slots(s.slot[:, None], s.token[:, None], s.extra[:, None], s.ok[:, None], s.boxed[:, None],
+                 s.region[:, None], s.code[:, None], s.factor[:, None], s.shift[:, None])
 
 
 @triton.jit
 def across(s):
     """Slots as a row [1, S]."""
-    return Slots(
-        s.slot[None, :],
-        s.token[None, :],
-        s.extra[None, :],
-        s.ok[None, :],
-        s.boxed[None, :],
-        s.region[None, :],
-        s.code[None, :],
-        s.factor[None, :],
-        s.shift[None, :],
-    )
+    return Slots(s.slot[None, :], s.token[None, :], s.extra[None, :], s.ok[None, :], s.boxed[None, :],
+                 s.region[None, :], s.code[None, :], s.factor[None, :], s.shift[None, :])

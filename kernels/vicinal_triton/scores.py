@@ -50,19 +50,18 @@ class Dropout(NamedTuple):
 
 @triton.jit
 def load_added(queries, keys, terms, window, h, APPENDED: tl.constexpr):
-    """What is added to the scaled scores per pair, bias and mask, or None; `queries`, `keys` expanded against each other.
+    """What is added to the scaled scores per pair, bias and mask; `queries`, `keys` expanded against each other.
 
     To be called before the product of q and k: the compiler gives row sums and maxima the layout of whichever comes
     first, and with that of these loads it computes the softmax twice."""
-    added = None
+    added = tl.full((1, 1), -0.0, keys.shift.dtype)  # x + -0.0 is x: the compiler drops it
     if terms.bias is not None:
         index = (tl.where(keys.boxed, queries.code, 0) if APPENDED else queries.code) + keys.code
-        added = tl.load(terms.bias.data + h * terms.bias.stride_h + index)
+        added += tl.load(terms.bias.data + h * terms.bias.stride_h + index)
     if terms.mask is not None:
         at = terms.mask.data + (window % terms.mask.count) * terms.mask.stride_m + h * terms.mask.stride_h
         at += queries.slot.to(tl.int64) * terms.mask.stride_q + keys.slot * terms.mask.stride_k
-        mask = tl.load(at, mask=queries.ok & keys.boxed, other=0.0)
-        added = mask if added is None else added + mask
+        added += tl.load(at, mask=queries.ok & keys.boxed, other=0.0)
     return added
 
 
@@ -73,9 +72,7 @@ def finish_scores(
     """Scores from the dot products qk; -inf for keys that are not ok.
 
     Queries that are not ok get scores of no meaning: their outputs are not stored, and lse = inf makes their weights 0."""
-    s = qk * (queries.factor * scale) * keys.factor
-    if added is not None:
-        s += added
+    s = qk * (queries.factor * scale) * keys.factor + added
     if REGIONS:
         if flags & 1:
             crosses = queries.region != keys.region
