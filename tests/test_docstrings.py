@@ -8,7 +8,6 @@ import pkgutil
 
 import pytest
 import torch
-from models_support import library
 
 import vicinal
 
@@ -26,8 +25,6 @@ def modules() -> list[str]:
 def test_examples(name: str) -> None:
     module = importlib.import_module(name)
     known = {"torch": torch, "vicinal": vicinal, "nn": torch.nn}
-    if name == "vicinal.drop_in":  # its example accelerates a model of timm
-        known["timm"] = library("timm")
     result = doctest.testmod(module, extraglobs=known, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 
