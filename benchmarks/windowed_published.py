@@ -88,6 +88,7 @@ class Published:
 
     def __init__(self, problem: Problem, attend: Attend, dtype: torch.dtype, device: str) -> None:
         self.problem = problem
+        self.scale = problem.head_dim**-0.5
         self.attend = attend
         self.grid = problem.windows.partition == "grid"
         self.index = [self._index(group).to(device) for group in problem.groups]
@@ -114,7 +115,7 @@ class Published:
             if table is not None:
                 shape = (prod(group.q_window), prod(group.k_window), -1)
                 bias = table[index].view(shape).permute(2, 0, 1).contiguous()
-            out = self.attend(q, k, v, bias, mask, problem.head_dim**-0.5)
+            out = self.attend(q, k, v, bias, mask, self.scale)
             outs.append(self.restored(out, group, tensors[0].shape[0]))
             first += group.heads
         return outs[0] if len(outs) == 1 else torch.cat(outs, -2)

@@ -197,7 +197,8 @@ struct Block {
   }
   template <int kWrite>
   static void prefetch(const S* row, int32_t d) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(row), end = begin + sizeof(S) * static_cast<uint32_t>(d);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(row),
+                    end = begin + sizeof(S) * static_cast<uint32_t>(d);
     for (uintptr_t at = begin & ~uintptr_t(63); at < end; at += 64) {
       __builtin_prefetch(reinterpret_cast<const void*>(at), kWrite, 3);
     }
@@ -240,7 +241,8 @@ struct Block {
     if (at < d) store(to + at, load_part<T>(from + at, d - at) * factor);
   }
   [[gnu::noinline]] void pack_keys(int32_t h) {
-    const T* scales = a.k_scale ? static_cast<const T*>(a.k_scale) + now->b * a.n_k * a.scale_stride_n + h : nullptr;
+    const T* scales =
+        a.k_scale ? static_cast<const T*>(a.k_scale) + now->b * a.n_k * a.scale_stride_n + h : nullptr;
     for (int32_t j = 0; j < now->nk; ++j) {
       const int32_t source = now->k_source[j];
       const T factor = scales && source >= 0 ? scales[source * a.scale_stride_n] : T(1);

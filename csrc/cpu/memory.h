@@ -2,6 +2,9 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace vicinal::cpu {
 
@@ -9,20 +12,24 @@ namespace vicinal::cpu {
 // pay for fresh pages. What it holds is not defined.
 void* thread_scratch(size_t bytes);
 
-// Hands out consecutive aligned pieces of one block; with a null base it only counts.
+// Hands out consecutive aligned pieces of one block, with a gap after each; with a null base it only counts.
 class Arena {
  public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Arena(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
   template <class T>
   T* take(int64_t n) {
-    T* p = reinterpret_cast<T*>(base_ + used_);
-    used_ += (static_cast<size_t>(n) * sizeof(T) + 127) / 64 * 64;
-    return p;
+    const uintptr_t begin = base_ + used_, size = static_cast<size_t>(n) * sizeof(T);
+    used_ += (size + 127) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+    if (base_)
+      __asan_poison_memory_region(reinterpret_cast<void*>(begin + size), base_ + used_ - begin - size);
+#endif
+    return reinterpret_cast<T*>(begin);
   }
   size_t used() const { return used_; }
 
  private:
-  char* base_;
+  uintptr_t base_;
   size_t used_ = 0;
 };
 

@@ -31,7 +31,7 @@ struct VectorOf<float> {
   typedef float Type __attribute__((vector_size(kVectorBytes)));
   typedef float Loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
-  using Int = int32_t;
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   static constexpr int kLogLanes = kVectorBytes == 64 ? 4 : kVectorBytes == 32 ? 3 : 2;
   static constexpr int kMantissa = 23;
 };
@@ -40,7 +40,7 @@ struct VectorOf<double> {
   typedef double Type __attribute__((vector_size(kVectorBytes)));
   typedef double Loose __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
   typedef int64_t Ints __attribute__((vector_size(kVectorBytes)));
-  using Int = int64_t;
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
   static constexpr int kLogLanes = VectorOf<float>::kLogLanes - 1;
   static constexpr int kMantissa = 52;
 };
@@ -49,6 +49,8 @@ template <class T>
 using Vec = typename VectorOf<T>::Type;
 template <class T>
 using Ints = typename VectorOf<T>::Ints;
+template <class T>
+using Bits = typename VectorOf<T>::Bits;
 template <class T>
 constexpr int kLanes = 1 << VectorOf<T>::kLogLanes;
 
@@ -118,7 +120,7 @@ inline V exp2(V x) {
   constexpr T low = sizeof(T) == 4 ? T(-126) : T(-1022);
   const V y = maximum(splat(low), x);
   const V shifted = y + magic, f = y - (shifted - magic);
-  const Ints<T> bits = (Ints<T>)exp2_of_nearest(f) + ((Ints<T>)shifted << VectorOf<T>::kMantissa);
+  const Bits<T> bits = (Bits<T>)exp2_of_nearest(f) + ((Bits<T>)shifted << VectorOf<T>::kMantissa);
   const V value = x < low ? V{} : (V)bits;  // below the normal numbers: 0
   return x == x ? value : x;
 }
@@ -128,11 +130,11 @@ inline V exp2(V x) {
 // m.
 template <class V, class T = std::conditional_t<sizeof(V{}[0]) == 4, float, double>>
 inline V log2(V x) {
-  using Of = VectorOf<T>;
-  using I = typename Of::Int;
-  constexpr I half_root = sizeof(T) == 4 ? I(0x3f3504f3) : I(0x3fe6a09e667f3bcd);
-  const Ints<T> exponent = ((Ints<T>)x - half_root) >> Of::kMantissa;
-  const Vec<T> m = (Vec<T>)((Ints<T>)x - (exponent << Of::kMantissa));
+  constexpr int mantissa = VectorOf<T>::kMantissa;
+  constexpr uint64_t half_root = sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd;  // bits of sqrt(1 / 2)
+  const Bits<T> bits = (Bits<T>)x;
+  const Ints<T> exponent = (Ints<T>)(bits - half_root) >> mantissa;
+  const V m = (V)(bits - ((Bits<T>)exponent << mantissa));
   const Vec<T> s = (m - T(1)) / (m + T(1)), z = s * s;
   constexpr int terms = sizeof(T) == 4 ? 5 : 11;
   Vec<T> sum = splat(T(1) / (2 * terms + 1));
