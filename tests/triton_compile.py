@@ -136,12 +136,19 @@ def measure(dtype_class: str, archs: Sequence[int] = ARCHS) -> dict[str, dict[st
     return found
 
 
+def rounded(values: dict[str, int]) -> dict[str, int]:
+    """Registers up to the hardware's unit of 8, stack to one of 64 bytes: what a harmless change may move."""
+    registers, stack = values["registers"], values["stack"]
+    return values | {"registers": min(-(-registers // 8) * 8, 255), "stack": -(-stack // 64) * 64}
+
+
 def write_budgets(classes: Sequence[str]) -> None:
     """Measures these classes anew and keeps the others."""
     budgets = json.loads(BUDGETS.read_text())["configurations"] if BUDGETS.exists() else {}
     budgets = {name: values for name, values in budgets.items() if name.split()[1] not in classes}
     for dtype_class in classes:
         budgets |= measure(dtype_class)
+    budgets = {name: rounded(values) for name, values in budgets.items()}
     lines = [f'    "{name}": {json.dumps(values)}' for name, values in budgets.items()]
     header = f'{{\n  "triton": "{triton.__version__}",\n  "configurations": {{\n'
     BUDGETS.write_text(header + ",\n".join(lines) + "\n  }\n}\n")
