@@ -1,4 +1,13 @@
 // attend, forward: per row and head, blocks of queries against all keys (block.h).
+//
+// Floor of 8 x 56 x 56 tokens, 3 heads of 32, windows of 7 x 7, float32: 472 MFLOP, 1.8 ms on one Zen 5 core
+// (257 GF/s), and 38.5 MB, 0.9 ms. Measured 5.4 ms, 35% of the FMA rate (8 x 8 windows with heads of 30: 43%,
+// 16 x 16: 61%). Of 3.6 us per window and head the products take 1.35 us; the rest moves about 75 KB through
+// a first-level cache of 48 KB. Tried and no faster: V packed over K and out over Q^T (12 KB less, within
+// noise); prefetch into the second level (5.5 against 5.2 ms); one burst of prefetches while packing (6.4
+// against 5.3 ms spread over the tiles; none: 9.7 ms); 2^x by adding 1.5 * 2^23 instead of vreduceps and
+// vscalefps (6.1 against 3.9 cycles a vector). Not tried: reading K and V in place when they need no
+// conversion.
 #include "block.h"
 #include "schedule.h"
 #include "weights.h"

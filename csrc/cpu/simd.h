@@ -77,23 +77,16 @@ constexpr int round_up(T n, int to) {
   return static_cast<int>((n + to - 1) / to * to);
 }
 
-// Minimax polynomials of 2^f: float on [0, 1) and on [-0.5, 0.5] (relative error 7.5e-8), double on [-0.5,
-// 0.5] (3e-18).
-inline Vec<float> exp2_of_floor(Vec<float> f) {
-  Vec<float> p = f * 1.8775767000e-03f + 8.9893400236e-03f;
-  p = p * f + 5.5826318116e-02f;
-  p = p * f + 2.4015361702e-01f;
-  p = p * f + 6.9315307320e-01f;
-  return p * f + 9.9999992506e-01f;
+// Minimax polynomials of 2^f that are 1 at 0: float on [0, 1] (relative error 8.2e-8), double on [-0.5, 0.5]
+// (3e-18).
+inline Vec<float> exp2_fraction(Vec<float> f) {
+  Vec<float> p = f * 1.8671299794e-03f + 9.0170305283e-03f;
+  p = p * f + 5.5799912947e-02f;
+  p = p * f + 2.4016445020e-01f;
+  p = p * f + 6.9315131180e-01f;
+  return p * f + 1.0f;
 }
-inline Vec<float> exp2_of_nearest(Vec<float> f) {
-  Vec<float> p = f * 1.3276472168e-03f + 9.6755413310e-03f;
-  p = p * f + 5.5507132729e-02f;
-  p = p * f + 2.4022119724e-01f;
-  p = p * f + 6.9314696707e-01f;
-  return p * f + 1.0000000717e+00f;
-}
-inline Vec<double> exp2_of_nearest(Vec<double> f) {
+inline Vec<double> exp2_fraction(Vec<double> f) {
   constexpr double c[] = {4.43528094461033628849e-10, 7.07410562624565907890e-09, 1.01781980333285281111e-07,
                           1.32154330895946296162e-06, 1.52527334899608050633e-05, 1.54035304625146137608e-04,
                           1.33335581467899509829e-03, 9.61812910758833537750e-03, 5.55041086648199247233e-02,
@@ -107,11 +100,11 @@ inline Vec<double> exp2_of_nearest(Vec<double> f) {
 // 2^x for x below 100, -inf and NaN included.
 #if defined(__AVX512F__)
 inline Vec<float> exp2(Vec<float> x) {
-  return _mm512_scalef_ps(exp2_of_floor(_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF)), x);
+  return _mm512_scalef_ps(exp2_fraction(_mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF)), x);
 }
 inline Vec<double> exp2(Vec<double> x) {
   const Vec<double> f = _mm512_reduce_pd(x, _MM_FROUND_TO_NEAREST_INT);
-  return _mm512_scalef_pd(exp2_of_nearest(f), x - f);
+  return _mm512_scalef_pd(exp2_fraction(f), x - f);
 }
 #else
 template <class V, class T = std::conditional_t<sizeof(V{}[0]) == 4, float, double>>
@@ -119,8 +112,9 @@ inline V exp2(V x) {
   constexpr T magic = sizeof(T) == 4 ? T(0x1.8p23) : T(0x1.8p52);  // adding it rounds to an integer
   constexpr T low = sizeof(T) == 4 ? T(-126) : T(-1022);
   const V y = maximum(splat(low), x);
-  const V shifted = y + magic, f = y - (shifted - magic);
-  const Bits<T> bits = (Bits<T>)exp2_of_nearest(f) + ((Bits<T>)shifted << VectorOf<T>::kMantissa);
+  constexpr T down = sizeof(T) == 4 ? T(0.5) : T(0);  // floor for float, nearest for double
+  const V shifted = (y - down) + magic, f = y - (shifted - magic);
+  const Bits<T> bits = (Bits<T>)exp2_fraction(f) + ((Bits<T>)shifted << VectorOf<T>::kMantissa);
   const V value = x < low ? V{} : (V)bits;  // below the normal numbers: 0
   return x == x ? value : x;
 }
