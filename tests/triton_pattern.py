@@ -6,6 +6,8 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,8 +16,16 @@ import triton.language as tl
 
 from vicinal import pattern
 
-bias_index = triton.jit(pattern.bias_index)
-crosses = triton.jit(pattern.crosses)
+
+def jitted(function: Callable[..., Any]) -> Any:
+    """The function for Triton, whose interpreter insists on seeing triton.language among its globals."""
+    bound = FunctionType(function.__code__, {"tl": tl}, function.__name__)
+    bound.__module__ = function.__module__
+    return triton.jit(bound)
+
+
+bias_index = jitted(pattern.bias_index)
+crosses = jitted(pattern.crosses)
 
 
 @triton.jit
