@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import copy
 import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+
+# threads that wait for each other sleep instead of spinning: a busy machine stays usable; torch reads it once
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "passive")
 
 import matplotlib
 import numpy as np

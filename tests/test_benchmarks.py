@@ -46,8 +46,8 @@ def test_list_names_every_case_of_the_selection() -> None:
 
 def test_quick_run_writes_json_that_pytest_benchmark_reads(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    selection = ("--problem", "tiny", "--dtype", "float32", "--threads", "1", "--seconds", "0.1")
-    result = command("windowed", "--quick", *selection, "--json", str(path))
+    selection = ("--problem", "tiny", "--dtype", "float32", "--threads", "1", "--backend", "reference")
+    result = command("windowed", "--quick", *selection, "--seconds", "0.1", "--json", str(path))
     assert result.returncode == 0, result.stdout + result.stderr
     run = load(path)
     assert {"machine_info", "commit_info", "benchmarks", "datetime", "version"} <= set(run)

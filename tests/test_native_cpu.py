@@ -1,4 +1,4 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: tests/native/attend_cpu.cpp, compiled here."""
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer: tests/native/attend_cpu.cpp."""
 
 from __future__ import annotations
 
@@ -16,13 +16,21 @@ SOURCES = [
     "csrc/cpu/attend_bwd.cpp",
     "tests/native/attend_cpu.cpp",
 ]
-FLAGS = "-std=c++17 -O1 -g1 -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer".split()
-AVX2 = "-mavx2 -mfma -mf16c".split()
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ISA_FLAGS = {
     "portable": [],
     "avx2": AVX2,
-    "avx512": [*AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512".split()],
+    "avx512": [*AVX2, *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]],
 }
 
 

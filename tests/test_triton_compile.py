@@ -1,4 +1,5 @@
-"""What the compiler makes of the Triton kernels for sm_80, sm_90 and sm_100, against committed budgets. No GPU needed."""
+"""What the compiler makes of the Triton kernels for sm_80, sm_90 and sm_100, against committed budgets. No
+GPU needed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ BUDGETS: dict[str, Any] = json.loads(offline.BUDGETS.read_text())
 
 
 def check(found: dict[str, dict[str, int]]) -> None:
-    """Within the budget under the compiler that made it; registers and stack are another compiler's own affair."""
+    """Within the budget under the compiler that made it; registers and stack are another compiler's own
+    affair."""
     limits = ("registers", "stack", "shared") if triton.__version__ == BUDGETS["triton"] else ("shared",)
     for name, values in found.items():
         budget = BUDGETS["configurations"][name]

@@ -48,7 +48,8 @@ struct Backward : Block<S, T> {
   T *dq, *dk, *dv;      // [kBlockQueries][Dp], [k_most][Dp], [k_most][Dvp]
   T* dbias;             // laid out like bias
   T* extra = nullptr;   // this segment's
-  T lse[kBlockQueries], dlse[kBlockQueries];
+  T lse[kBlockQueries], dlse[kBlockQueries],
+      factor[kBlockQueries];  // factor: what makes the weights add up to 1
 
   explicit Backward(const AttendBwd& params) : Base(params.a), p(params), softmax(a.activation == kSoftmax) {
     this->read_too = p.dout;
@@ -101,6 +102,7 @@ struct Backward : Block<S, T> {
     const Ahead* ahead = &this->ahead;
     gemm_columns(Gemm<T>{ds, kBlockQueries, k, Dp, nullptr, 0, dq, Dp, ahead}, n, now->nk, Dp / kN);
     write_queries(h);
+    for (int32_t c = 0; softmax && c < n; ++c) scale_row(dout_rows + int64_t(c) * Dvp, factor[c]);
     const T *dk_init = q0 ? dk : nullptr, *dv_init = q0 ? dv : nullptr;
     gemm_rows(Gemm<T>{ds, kBlockQueries, q_rows, Dp, dk_init, Dp, dk, Dp, ahead}, now->nk, n, Dp / kN);
     gemm_rows(Gemm<T>{s, kBlockQueries, dout_rows, Dvp, dv_init, Dvp, dv, Dvp, ahead}, now->nk, n, Dvp / kN);
@@ -125,16 +127,21 @@ struct Backward : Block<S, T> {
     const int32_t nk = now->nk, stride = this->q_most;
     if (softmax) {
       const Vec<T> l = load(lse + c);
-      Vec<T> delta = -load(dlse + c);
+      Vec<T> total = {}, delta = {};
       for (int32_t j = 0; j < nk; ++j) {
         T* x = s + int64_t(j) * kBlockQueries + c;
         const Vec<T> w = exp2(load(x) - l);
+        total += w;
         delta += w * load(ds + int64_t(j) * kBlockQueries + c);
         store(x, w);
       }
+      // Weights that add up to 1 whatever the rounding of lse, which large scores make coarse.
+      const Vec<T> inverse = total == Vec<T>{} ? Vec<T>{} : T(1) / total;
+      delta = delta * inverse - load(dlse + c);
+      store(factor + c, inverse);
       for (int32_t j = 0; j < nk; ++j) {
         T* y = ds + int64_t(j) * kBlockQueries + c;
-        const Vec<T> g = load(s + int64_t(j) * kBlockQueries + c) * (load(y) - delta);
+        const Vec<T> g = load(s + int64_t(j) * kBlockQueries + c) * inverse * (load(y) - delta);
         store(y, g);
         if (bias_sum) store(bias_sum + int64_t(j) * stride + c, load(bias_sum + int64_t(j) * stride + c) + g);
       }
@@ -154,17 +161,19 @@ struct Backward : Block<S, T> {
       column[j] = s[int64_t(j) * kBlockQueries + c], column2[j] = ds[int64_t(j) * kBlockQueries + c];
     }
     for (int32_t j = nk; j < padded; ++j) column[j] = -T(__builtin_inf()), column2[j] = 0;
-    Vec<T> sum = {};
+    Vec<T> sum = {}, total = {};
     for (int32_t j = 0; j < padded; j += kN) {
       const Vec<T> x = load(column + j);
       const Vec<T> w = softmax ? exp2(x - lse[c]) : activate<T>(a.activation, x);
       if (!softmax) store(column2 + j, slope<T>(a.activation, x) * load(column2 + j));
-      sum += w * load(column2 + j);
+      sum += w * load(column2 + j), total += w;
       store(column + j, w);
     }
-    const T delta = sum_lanes<T>(sum) - dlse[c];
+    const T all = sum_lanes<T>(total), inverse = all == 0 ? T(0) : 1 / all;
+    const T delta = sum_lanes<T>(sum) * inverse - dlse[c];
+    factor[c] = inverse;
     for (int32_t j = 0; softmax && j < padded; j += kN) {
-      store(column2 + j, load(column + j) * (load(column2 + j) - delta));
+      store(column2 + j, load(column + j) * inverse * (load(column2 + j) - delta));
     }
     for (int32_t j = 0; j < nk; ++j) {
       s[int64_t(j) * kBlockQueries + c] = column[j], ds[int64_t(j) * kBlockQueries + c] = column2[j];
@@ -172,6 +181,9 @@ struct Backward : Block<S, T> {
     }
   }
 
+  void scale_row(T* x, T by) const {
+    for (int32_t d = 0; d < Dvp; d += kN) store(x + d, load(x + d) * by);
+  }
   static void write_row(const T* from, T factor, S* to, int32_t d) {
     int32_t at = 0;
     for (; at + kN <= d; at += kN) store_as(to + at, load(from + at) * factor);

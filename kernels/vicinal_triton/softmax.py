@@ -1,11 +1,13 @@
-"""From scores to weights, once forward (online over key blocks) and once backward. Three functions per activation.
+"""From scores to weights, once forward (online over key blocks) and once backward. Three functions per
+activation.
 
-Forward:  `weights, m, l, rescale = <activation>_step(s, m, l)` on a tile s [Q, K]; m, l [Q]; acc is multiplied by rescale.
-Backward: `weights = <activation>_weights(s, lse)`, `ds = <activation>_slope(s, weights, dp, lse, delta, ..)`, in
-either orientation. delta is rowsum(dout * out) - dlse for softmax and -dlse for the others, whose lse is that of their
-scores; HAS_DELTA: there is a dlse.
+Forward:  `weights, m, l, rescale = <activation>_step(s, m, l)` on a tile s [Q, K]; m, l [Q]; acc is
+multiplied by rescale. Backward: `weights = <activation>_weights(s, lse)`, `ds = <activation>_slope(s,
+weights, dp, lse, delta, ..)`, in either orientation. delta is rowsum(dout * out) - dlse for softmax and
+-dlse for the others, whose lse is that of their scores; HAS_DELTA: there is a dlse.
 
-A score of -inf is excluded; the launcher makes the mask value -inf where an activation gives cross-region pairs 0.
+A score of -inf is excluded; the launcher makes the mask value -inf where an activation gives cross-region
+pairs 0.
 """
 
 import triton

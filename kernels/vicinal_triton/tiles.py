@@ -1,15 +1,17 @@
 """The static tile table: per kernel, dtype class and padded head dim, how much of a window a program takes.
 
-No run-time autotuning. The entries are the largest tiles that the compiler keeps in registers, or nearly so, on sm_80,
-sm_90 and sm_100; none has been timed on a GPU. tests/triton_budgets.json holds registers, stack and shared memory of
-each. One table serves all architectures; an entry by architecture needs a measurement that favours it.
+No run-time autotuning. The entries are the largest tiles that the compiler keeps in registers, or nearly
+so, on sm_80, sm_90 and sm_100; none has been timed on a GPU. tests/triton_budgets.json holds registers,
+stack and shared memory of each. One table serves all architectures; an entry by architecture needs a
+measurement that favours it.
 """
 
 from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Most query and key slots of a program, its warps and its pipeline stages (of loops over more than one tile)."""
+    """Most query and key slots of a program, its warps and its pipeline stages (of loops over more than one
+    tile)."""
 
     block_q: int
     block_k: int
