@@ -17,7 +17,7 @@ from vicinal import pattern
 
 
 def bound(function: Any) -> Any:
-    """The function's own code as a jitted function; the interpreter wants triton.language among its globals."""
+    """The function as a jitted one; the interpreter wants triton.language among its globals."""
     copy = FunctionType(function.__code__, {"tl": tl}, function.__name__)
     copy.__module__ = function.__module__
     return triton.jit(copy)
