@@ -28,6 +28,11 @@ OPCHECKED = (
 )
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    torch._dynamo.reset()  # the tests compile the same code for many problems, more than torch's limit
+
+
 class Recorded(TorchDispatchMode):
     """The arguments of every call of an op of vicinal."""
 
@@ -132,6 +137,16 @@ def test_compile_every_option(name: str, backend: str) -> None:
         results.append([out, lse, *torch.autograd.grad((out.sum(), lse.sum()), leaves)])
     for x, y in zip(*results):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("backend", [*op_backends(), "reference"])
+def test_compile_layers_that_differ_in_their_windows(backend: str) -> None:
+    device = device_of(backend)
+    inputs = [*qkv(device, 8, 6), torch.randn(49, 3, device=device)]
+    for shift in (0, 2, 1):  # torch.compile would make the shift a symbol from the second layer on
+        function = layer(backend, Windows(4, shift=shift))
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
 
 
 class Attention(nn.Module):

@@ -6,7 +6,6 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -17,15 +16,15 @@ import triton.language as tl
 from vicinal import pattern
 
 
-def jitted(function: Callable[..., Any]) -> Any:
-    """The function for Triton, whose interpreter insists on seeing triton.language among its globals."""
-    bound = FunctionType(function.__code__, {"tl": tl}, function.__name__)
-    bound.__module__ = function.__module__
-    return triton.jit(bound)
+def bound(function: Any) -> Any:
+    """The function as a jitted one; the interpreter wants triton.language among its globals."""
+    copy = FunctionType(function.__code__, {"tl": tl}, function.__name__)
+    copy.__module__ = function.__module__
+    return triton.jit(copy)
 
 
-bias_index = jitted(pattern.bias_index)
-crosses = jitted(pattern.crosses)
+bias_index = bound(pattern.bias_index)
+crosses = bound(pattern.crosses)
 
 
 @triton.jit
