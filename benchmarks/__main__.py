@@ -85,6 +85,8 @@ def run_windowed(args: argparse.Namespace, report: Report) -> None:
             rest = table.others(members[case.group])
             text = f"{row[0]:<44} {row[1]:>7} ms  {row[9]:>4} of FMA  {row[5]:>6}  ({rest})"
         print(f"[{done}/{len(cases)}, {left}] {text}", flush=True)
+        if args.json is not None:  # a run that is cut off keeps what it has
+            report.write(json_path(args))
 
 
 def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
@@ -93,6 +95,10 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
     if args.family == "overhead":
         return overhead.run(report, threads, args.seconds or (1.0 if args.quick else 4.0), args.backend)
     return models.run(report, threads, args.seconds or (2.0 if args.quick else 15.0), args.quick)
+
+
+def json_path(args: argparse.Namespace) -> Path:
+    return Path(args.json) if args.json else default_path(args.family, args.device)
 
 
 def show_list(args: argparse.Namespace) -> None:
@@ -112,9 +118,8 @@ def deliver(args: argparse.Namespace, run: dict[str, Any], report: Report) -> No
     """Print the table, and what else was asked for."""
     print("\n" + table.final(run))
     if args.json is not None:
-        path = Path(args.json) if args.json else default_path(args.family, args.device)
-        report.write(path)
-        print(f"wrote {path}")
+        report.write(json_path(args))
+        print(f"wrote {json_path(args)}")
     if args.plot is not None:
         from . import plot
 

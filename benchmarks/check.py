@@ -2,7 +2,8 @@
 
 The error of a tensor is its largest absolute deviation from float64 over the largest float64 value. An
 implementation passes if, for the output and every gradient, its error is at most twice that of the eager
-baseline in the same dtype plus 4 eps.
+baseline in the same dtype plus 4 eps. A rounding error is a draw, so the baseline's is the largest of three,
+as in the project's tests.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ def errors(found: Tensors, expected: Tensors) -> dict[str, float]:
 
 
 Errors = dict[str, float]  # by tensor
+
+
+def worst(draws: list[Errors]) -> Errors:
+    return {name: max(draw[name] for draw in draws) for name in draws[0]}
 
 
 def complaint(ours: Errors, eager: Errors, dtype: torch.dtype, factor: float = 2.0) -> str:

@@ -1,4 +1,4 @@
-"""What a result has to say about where it was made: the machine without its name, versions, and the commit."""
+"""What a result has to say about where it was made: the machine but not its name, versions, the commit."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def added_peak(call: Callable[[], Any], device: str) -> int:
 
 
 def smaller(problem: Problem) -> Problem:
-    """One sample, of two windows an axis where the windows do not depend on the grid: loads code, not memory."""
+    """One sample, of two windows an axis where windows do not depend on the grid: loads code, not memory."""
     if problem.windows.head_groups or problem.q_space:
         return replace(problem, batch=1)
     return replace(problem, batch=1, space=tuple(2 * w for w in problem.groups[0].window))

@@ -83,11 +83,11 @@ def calls(backward: bool, backend: str | None) -> dict[str, Callable[[], Any]]:
     """What is timed: ours, packed and unpacked; the bare kernel; attention of the same window by PyTorch."""
     qkv = torch.randn(1, 7, 7, 3, 1, 32, requires_grad=backward)
     q, k, v = (x.detach().contiguous().requires_grad_(backward) for x in qkv.unbind(-3))
-    heads_first = tuple(x.detach().flatten(1, 2).transpose(1, 2).requires_grad_(backward) for x in (q, k, v))
+    qw, kw, vw = (x.detach().flatten(1, 2).transpose(1, 2).requires_grad_(backward) for x in (q, k, v))
     ways: dict[str, tuple[Callable[[], Any], tuple[Tensor, ...]]] = {
         OURS: (lambda: windowed_attention_qkvpacked(qkv, WINDOWS, backend=backend), (qkv,)),
         "vicinal, unpacked": (lambda: windowed_attention(q, k, v, WINDOWS, backend=backend), (q, k, v)),
-        "sdpa": (lambda: F.scaled_dot_product_attention(*heads_first), heads_first),
+        "sdpa": (lambda: F.scaled_dot_product_attention(qw, kw, vw), (qw, kw, vw)),
     }
     if backward:
         return {name: with_gradient(call, leaves) for name, (call, leaves) in ways.items()}

@@ -127,19 +127,16 @@ def speedups(axis: Axes, members: list[dict[str, Benchmark]]) -> None:
         color = ACCENT if ratio["median"] >= 1 else QUIET
         axis.barh(y, ratio["median"], height=0.62, color=color, alpha=0.85)
         axis.hlines(y, ratio["p20"], ratio["p80"], color=INK, linewidth=1.4)
-        text = f"{number(ratio['median'])}x  {extra['best_baseline']}"
+        text, end = f"{number(ratio['median'])}x", max(ratio["median"], ratio["p80"])
+        beside: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+        axis.annotate(text, (end, y), (5, 0), color=INK, fontweight="bold", **beside)
         axis.annotate(
-            text,
-            (max(ratio["median"], ratio["p80"]), y),
-            (5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
+            f"vs {extra['best_baseline']}", (end, y), (11 + 6.2 * len(text), 0), color=QUIET, **beside
         )
     axis.axvline(1, color=INK, linewidth=1)
     axis.set_yticks([])
     axis.set_ylim(len(members) - 0.4, -0.6)
-    axis.set_xlim(0, 1.45 * max(m["vicinal"]["extra_info"]["ratio"]["p80"] for m in members))
+    axis.set_xlim(0, 1.6 * max(m["vicinal"]["extra_info"]["ratio"]["p80"] for m in members))
     plain(axis)
 
 
@@ -151,4 +148,4 @@ def legend(figure: Any, groups: list[dict[str, Benchmark]]) -> None:
             marks.append(
                 plt.Line2D([], [], color=color, marker=marker, linestyle="", markersize=6, label=name)
             )
-    figure.legend(handles=marks, loc="outside upper right", ncols=len(marks), frameon=False, fontsize=9)
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False, fontsize=9)

@@ -46,7 +46,7 @@ def merge(x: Tensor, space: tuple[int, ...], window: tuple[int, ...], grid: bool
 
 
 def unfold(x: Tensor, group: Group) -> Tensor:
-    """[B, *S, h, d] -> [B, windows, M, h, d]: zero-padded key windows, centred on the smaller query windows."""
+    """[B, *S, h, d] -> [B, windows, M, h, d]: zero-padded key windows, centred on the query windows."""
     amounts: list[int] = [0, 0, 0, 0]
     for w, o in zip(reversed(group.window), reversed(group.k_window), strict=True):
         amounts += [(o - w) // 2, o - w - (o - w) // 2]
@@ -88,6 +88,7 @@ class Published:
 
     def __init__(self, problem: Problem, attend: Attend, dtype: torch.dtype, device: str) -> None:
         self.problem = problem
+        self.scale = problem.head_dim**-0.5
         self.attend = attend
         self.grid = problem.windows.partition == "grid"
         self.index = [self._index(group).to(device) for group in problem.groups]
@@ -114,7 +115,7 @@ class Published:
             if table is not None:
                 shape = (prod(group.q_window), prod(group.k_window), -1)
                 bias = table[index].view(shape).permute(2, 0, 1).contiguous()
-            out = self.attend(q, k, v, bias, mask, problem.head_dim**-0.5)
+            out = self.attend(q, k, v, bias, mask, self.scale)
             outs.append(self.restored(out, group, tensors[0].shape[0]))
             first += group.heads
         return outs[0] if len(outs) == 1 else torch.cat(outs, -2)
@@ -122,7 +123,7 @@ class Published:
     def windowed(
         self, tensors: tuple[Tensor, ...], group: Group, heads: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, windows, h, N, d] of one head group; a packed tensor is rolled and partitioned as one."""
+        """q, k, v [B, windows, h, N, d] of a head group; a packed tensor is rolled and partitioned as one."""
         if len(tensors) == 1 and group.k_window == group.window:
             x = split(self._rolled(tensors[0][..., heads, :], group), group.window, self.grid)
             q, k, v = x.permute(3, 0, 1, 4, 2, 5).unbind(0)

@@ -7,7 +7,7 @@ import torch
 from models_support import gradients, redraw, rms_ratio
 from torch import Tensor
 
-from vicinal.models import CSWinTransformer, cswin_base, cswin_small, cswin_test, cswin_tiny
+from vicinal.models import CSWinConfig, CSWinTransformer, cswin_base, cswin_small, cswin_test, cswin_tiny
 from vicinal.models.cswin import CSWinBlock, LePEAttention, stripe_partition, stripe_reverse
 
 
@@ -81,9 +81,9 @@ def test_names_are_the_official_ones() -> None:
 @pytest.mark.parametrize(
     ("config", "millions"), [(cswin_tiny(), 23), (cswin_small(), 35), (cswin_base(), 78)], ids=["T", "S", "B"]
 )
-def test_published_parameter_counts(config: object, millions: float) -> None:
+def test_published_parameter_counts(config: CSWinConfig, millions: float) -> None:
     with torch.device("meta"):
-        model = CSWinTransformer(config)  # type: ignore[arg-type]
+        model = CSWinTransformer(config)
     assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - millions) < 1
 
 

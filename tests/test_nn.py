@@ -18,15 +18,20 @@ from vicinal.nn import WindowedAttention
 @pytest.mark.parametrize("shift", [0, 3])
 def test_equals_the_attention_of_a_swin_block(cosine: bool, size: tuple[int, int], shift: int) -> None:
     torch.manual_seed(0)
-    block = redraw(SwinTransformerBlock(32, (28, 28), 2, 7, shift, version=2 if cosine else 1))
+    block = SwinTransformerBlock(32, (28, 28), 2, 7, shift, version=2 if cosine else 1)
+    redraw(block)
     module = WindowedAttention(32, (7, 7), 2, shift, cosine=cosine)
     module.load_state_dict(block.attn.state_dict(), strict=True)
 
     class Whole(nn.Module):
+        """The block's attention alone, with the module's names of parameters."""
+
         def __init__(self) -> None:
             super().__init__()
             self.attn = block.attn
-            self.forward = block.window_attention  # type: ignore[method-assign]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return block.window_attention(x)
 
     x = torch.randn(2, *size, 32)
     block.double()

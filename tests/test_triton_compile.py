@@ -1,4 +1,5 @@
-"""What the compiler makes of the Triton kernels for sm_80, sm_90 and sm_100, against committed budgets. No GPU needed."""
+"""What the compiler makes of the Triton kernels for sm_80, sm_90 and sm_100, against committed budgets. No
+GPU needed."""
 
 from __future__ import annotations
 
@@ -23,13 +24,13 @@ BUDGETS: dict[str, Any] = json.loads(offline.BUDGETS.read_text())
 
 
 def check(found: dict[str, dict[str, int]]) -> None:
-    """Exact for the compiler that made the budgets; registers are the compiler's own affair for any other."""
-    if triton.__version__ == BUDGETS["triton"]:
-        budgets = {name: BUDGETS["configurations"][name] for name in found}
-        assert found == budgets
+    """Within the budget under the compiler that made it; registers and stack are another compiler's own
+    affair."""
+    limits = ("registers", "stack", "shared") if triton.__version__ == BUDGETS["triton"] else ("shared",)
     for name, values in found.items():
-        assert values["registers"] <= 255, name
-        assert values["shared"] <= 227 * 1024, name
+        budget = BUDGETS["configurations"][name]
+        above = {limit: values[limit] for limit in limits if values[limit] > budget[limit]}
+        assert not above, f"{name}: {above} above the budget {budget}"
 
 
 def test_budgets_cover_the_table() -> None:

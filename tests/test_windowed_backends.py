@@ -18,7 +18,6 @@ from problems import (
     Problem,
     accumulator,
     compare,
-    counts,
     dense_errors,
     exact,
     make,
@@ -290,10 +289,9 @@ def test_lse_has_the_accumulation_type(backend: str) -> None:
 @pytest.mark.parametrize("backend", op_backends())
 def test_many_windows_and_long_rows(backend: str) -> None:
     # more windows than a 16-bit grid axis holds, and more keys than any tile
-    many = Problem("many", (1,), Windows(1), batch=70_000, heads=1, dim=4, extra=0, bias="q-k")
-    out = run(many, make(many, torch.float32, device_of(backend)), backend)[0]
-    assert torch.equal(out, make(many, torch.float32, device_of(backend))["v"])
-    assert counts(many)[0] == 1
+    many = Problem("many", (1,), Windows(1), batch=70_000, heads=1, dim=4)
+    tensors = make(many, torch.float32, device_of(backend))
+    torch.testing.assert_close(run(many, tensors, backend)[0], tensors["v"])
     long = Problem("long", (1, 700), Windows((1, 700)), batch=1, heads=1, dim=4)
     check(
         long,

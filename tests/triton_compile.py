@@ -1,8 +1,9 @@
-"""What the compiler makes of the Triton kernels, without a GPU: registers, stack and shared memory per configuration.
+"""What the compiler makes of the Triton kernels, without a GPU: registers, stack and shared memory per
+configuration.
 
 The launchers run on CPU tensors with `launch.run` replaced by a recorder, so the arguments, and with them the
-specialisation, are those of a real launch; each recorded launch is then compiled for a named architecture and its binary
-read with the cuobjdump that Triton ships.
+specialisation, are those of a real launch; each recorded launch is then compiled for a named architecture
+and its binary read with the cuobjdump that Triton ships.
 
     python tests/triton_compile.py [half|tf32|fp32|fp64 ..]     # rewrites tests/triton_budgets.json
 """
@@ -69,7 +70,11 @@ def launches(
 
 def compile_launch(kernel: Any, args: dict[str, Any], options: dict[str, int], arch: int) -> Any:
     driver.set_active(OfflineDriver(arch))
-    return kernel.run(**args, **options, grid=(1,), warmup=True)
+    try:
+        return kernel.run(**args, **options, grid=(1,), warmup=True)
+    finally:
+        if torch.cuda.is_available():  # without a GPU there is no driver to go back to
+            driver.reset_active()
 
 
 def resources(binary: Any) -> dict[str, int]:
@@ -97,15 +102,16 @@ def shifted_problem(dtype: torch.dtype, dim: int, window: int) -> tuple[AttendCa
     table = torch.zeros(2, bias_size(axes, "q-k"), dtype=acc)
     lse = torch.zeros(2, 9 * window * window, 2, dtype=acc)
     call = AttendCall(
-        plan=plan, q=rows(), k=rows(), v=rows(), bias=table, q_scale=None, k_scale=None, extra_k=None, extra_v=None,
-        key_bias=None, mask=None, seed=None, scale=dim**-0.5, mask_value=-100.0, edge_row=0, activation="softmax",
-        dropout_p=0.0, head_offset=0, head_total=2, out=rows(), lse=lse,
+        plan=plan, q=rows(), k=rows(), v=rows(), bias=table, q_scale=None, k_scale=None, extra_k=None,
+        extra_v=None, key_bias=None, mask=None, seed=None, scale=dim**-0.5, mask_value=-100.0, edge_row=0,
+        activation="softmax", dropout_p=0.0, head_offset=0, head_total=2, out=rows(), lse=lse,
     )  # fmt: skip
     return call, AttendGrads(rows(), None, rows(), rows(), rows(), table.clone(), None, None)
 
 
 def configurations(dtype_class: str) -> Iterator[tuple[str, Any, dict[str, Any], dict[str, int]]]:
-    """Every entry of the tile table once, at its full tile: ("kernel, dtype class, dim", kernel, arguments, options)."""
+    """Every entry of the tile table once, at its full tile: ("kernel, dtype class, dim", kernel, arguments,
+    options)."""
     original = attend.dtype_class
     for dim in tiles.HEAD_DIMS:
         tile = tiles.Tile(*tiles.TABLE[dtype_class]["tile"][dim])
@@ -130,12 +136,19 @@ def measure(dtype_class: str, archs: Sequence[int] = ARCHS) -> dict[str, dict[st
     return found
 
 
+def rounded(values: dict[str, int]) -> dict[str, int]:
+    """Registers up to the hardware's unit of 8, stack to one of 64 bytes: what a harmless change may move."""
+    registers, stack = values["registers"], values["stack"]
+    return values | {"registers": min(-(-registers // 8) * 8, 255), "stack": -(-stack // 64) * 64}
+
+
 def write_budgets(classes: Sequence[str]) -> None:
     """Measures these classes anew and keeps the others."""
     budgets = json.loads(BUDGETS.read_text())["configurations"] if BUDGETS.exists() else {}
     budgets = {name: values for name, values in budgets.items() if name.split()[1] not in classes}
     for dtype_class in classes:
         budgets |= measure(dtype_class)
+    budgets = {name: rounded(values) for name, values in budgets.items()}
     lines = [f'    "{name}": {json.dumps(values)}' for name, values in budgets.items()]
     header = f'{{\n  "triton": "{triton.__version__}",\n  "configurations": {{\n'
     BUDGETS.write_text(header + ",\n".join(lines) + "\n  }\n}\n")

@@ -6,6 +6,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -14,8 +15,16 @@ import triton.language as tl
 
 from vicinal import pattern
 
-bias_index = triton.jit(pattern.bias_index)
-crosses = triton.jit(pattern.crosses)
+
+def bound(function: Any) -> Any:
+    """The function as a jitted one; the interpreter wants triton.language among its globals."""
+    copy = FunctionType(function.__code__, {"tl": tl}, function.__name__)
+    copy.__module__ = function.__module__
+    return triton.jit(copy)
+
+
+bias_index = bound(pattern.bias_index)
+crosses = bound(pattern.crosses)
 
 
 @triton.jit

@@ -134,7 +134,8 @@ BwdPlan plan_of(const AttendBwd& p) {
     const int64_t enough =
         ceil_div(blocks, std::max<int64_t>(1, int64_t{a.heads} * plan.q.q_tiles * plan.q.parts));
     const int64_t affordable = std::max<int64_t>(1, (int64_t{1} << 26) / partial);
-    plan.chunks = static_cast<int32_t>(std::min({windows, enough, affordable}));
+    const int64_t per_chunk = ceil_div(windows, std::min({windows, enough, affordable}));
+    plan.chunks = ceil_div(windows, per_chunk);  // none of them empty
   }
   plan.edge_slots = extra && a.edge_row ? plan.kv.k_tiles : 0;
   plan.extra_slots = extra ? a.n_extra - a.edge_row : 0;

@@ -23,15 +23,15 @@ __device__ __forceinline__ void softmax_step(float (&s)[N][4], float (&o)[M][4],
 #pragma unroll
     for (int n = 0; n < N; ++n) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
     top = row_max(top);
-    const float base = top == minus_infinity() ? 0.0f : top * kLog2E;  // a row without a key so far
-    const float shrink = simt::ex2(fmaf(m[r], kLog2E, -base));
+    const float base = top == minus_infinity() ? 0.0f : top;  // -inf: a row without a key so far
+    const float shrink = simt::ex2((m[r] - base) * kLog2E);
     m[r] = top;
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
 #pragma unroll
       for (int i = 2 * r; i < 2 * r + 2; ++i) {
-        const float p = simt::ex2(fmaf(s[n][i], kLog2E, -base));
+        const float p = simt::ex2((s[n][i] - base) * kLog2E);
         sum += p;
         s[n][i] = activation == kSoftmax ? p : activated(activation, s[n][i]);
       }
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kMaxThreads) attend_fwd_kernel(AttendFwd p, Ti
                  t.store_pairs);
     if (part == 0 && lane_pair() == 0) {
       float* lse = static_cast<float*>(p.lse) + (w.batch * a.n_q + q[r].token) * p.lse_stride_n + w.head;
-      *lse = sum > 0.0f ? m[r] + kLn2 * log2f(sum) : minus_infinity();
+      *lse = sum > 0.0f ? fmaf(kLn2, log2f(sum), m[r]) : minus_infinity();
     }
   }
 }

@@ -69,7 +69,8 @@ def attend_bwd(call: AttendCall, grads: AttendGrads) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A call and what its launches have in common. `extra_k`, `extra_v` are None where no row of theirs is seen."""
+    """A call and what its launches have in common. `extra_k`, `extra_v` are None where no row of theirs is
+    seen."""
 
     call: AttendCall
     windows: int  # samples * plan rows
@@ -90,7 +91,8 @@ class Run:
             edge, extra_k, extra_v, n_extra = 0, None, None, 0
         return Run(
             call, call.q.shape[0] * call.plan.n_rows, call.q.shape[2], extra_k, extra_v, edge, n_extra - edge,
-            dtype_class(call.q.dtype), tiles.power_of_two(call.q.shape[3]), tiles.power_of_two(call.v.shape[3]),
+            dtype_class(call.q.dtype), tiles.power_of_two(call.q.shape[3]),
+            tiles.power_of_two(call.v.shape[3]),
         )  # fmt: skip
 
     @property
@@ -115,8 +117,8 @@ class Run:
             "n_rows": call.plan.n_rows, "heads": self.heads, "n_extra": self.edge + self.appended,
             "ACC": tl.float64 if self.acc == torch.float64 else tl.float32,
             "PRECISION": "tf32" if self.dtype_class == "tf32" else "ieee",
-            "EDGE": self.edge, "APPENDED": self.appended > 0, "REGIONS": bool(call.plan.flags & 1), "D": call.q.shape[3], "DV": call.v.shape[3],
-            "BLOCK_D": self.block_d, "BLOCK_DV": self.block_dv,
+            "EDGE": self.edge, "APPENDED": self.appended > 0, "REGIONS": bool(call.plan.flags & 1), "D":
+            call.q.shape[3], "DV": call.v.shape[3], "BLOCK_D": self.block_d, "BLOCK_DV": self.block_dv,
         }  # fmt: skip
 
     def inputs(self, grads: AttendGrads, delta: Tensor | None) -> bwd.Inputs:
@@ -166,7 +168,8 @@ def dropout(call: AttendCall) -> Dropout | None:
 
 @dataclass(frozen=True)
 class Shares:
-    """Per window and key tile, the gradients of the extra rows: acc [windows * tiles, E, H, D], or None: not wanted."""
+    """Per window and key tile, the gradients of the extra rows: acc [windows * tiles, E, H, D], or None:
+    not wanted."""
 
     k: Tensor | None
     v: Tensor | None
@@ -253,7 +256,8 @@ def _delta(run: Run, grads: AttendGrads) -> Tensor | None:
 def _bias_sums(
     run: Run, dbias: Tensor, kernel: Any, args: dict[str, Any], tile: tiles.Tile, grid: tuple[int, int]
 ) -> None:
-    """Runs a kernel that sums ds over chunks of windows, per class of plan rows, and adds the sums into dbias [H, T]."""
+    """Runs a kernel that sums ds over chunks of windows, per class of plan rows, and adds the sums into
+    dbias [H, T]."""
     call, heads = run.call, run.heads
     q_side, k_side = grid[0] * tile.block_q, grid[1] * tile.block_k
     classes: list[RowClass] = row_classes(

@@ -1,14 +1,16 @@
 """Attention of each plan row, backward. Every gradient has one owner, so nothing is atomic.
 
-A window that fits one tile is one pass, `attend_bwd_tile_kernel`: scores once, five products, all gradients; there
-rowsum(dout * out) is the rowsum of weights * dweights, so neither out nor a pass of its own is needed. When the bias
-table wants its gradient, one program loops over many windows and keeps the sum of its ds in registers.
+A window that fits one tile is one pass, `attend_bwd_tile_kernel`: scores once, five products, all
+gradients; there rowsum(dout * out) is the rowsum of weights * dweights, so neither out nor a pass of its
+own is needed. When the bias table wants its gradient, one program loops over many windows and keeps the sum
+of its ds in registers.
 
-Larger windows: a dq pass (rows = queries), a dk/dv pass (rows = keys) and, for the bias table, a third pass that sums
-the ds of one tile over windows; delta comes from `attend_bwd_delta_kernel`. Scores are computed again in each pass.
+Larger windows: a dq pass (rows = queries), a dk/dv pass (rows = keys) and, for the bias table, a third pass
+that sums the ds of one tile over windows; delta comes from `attend_bwd_delta_kernel`. Scores are computed
+again in each pass.
 
-Products of transposed scores are computed as such (k q^T), never by transposing a result: Triton 3.4 to 3.7.0 miscompiles
-a transposed product result as left operand on Hopper.
+Products of transposed scores are computed as such (k q^T), never by transposing a result: Triton 3.4 to
+3.7.0 miscompiles a transposed product result as left operand on Hopper.
 """
 
 from typing import Any, NamedTuple
@@ -16,8 +18,19 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .rows import across, down, key_slots, load_box, load_flags, load_key_rows, load_rows, load_scalars
-from .rows import query_slots, store_rows, store_scalars
+from .rows import (
+    across,
+    down,
+    key_slots,
+    load_box,
+    load_flags,
+    load_key_rows,
+    load_rows,
+    load_scalars,
+    query_slots,
+    store_rows,
+    store_scalars,
+)
 from .scores import dropout_keep, finish_scores, load_added
 
 
@@ -35,7 +48,8 @@ class Inputs(NamedTuple):
 
 
 class KeyGrads(NamedTuple):
-    """`dk`, `dv`: Rows. `part_k`, `part_v`: Rows [window * key tiles, E, H, D] for the extra rows' shares, or None."""
+    """`dk`, `dv`: Rows. `part_k`, `part_v`: Rows [window * key tiles, E, H, D] for the extra rows' shares,
+    or None."""
 
     dk: Any
     dv: Any
@@ -44,8 +58,8 @@ class KeyGrads(NamedTuple):
 
 
 class BiasGrad(NamedTuple):
-    """Sums of ds over chunks of windows, [chunks, H, q_tiles * BLOCK_Q, k_tiles * BLOCK_K], zeros outside the boxes.
-    `rows` int32 [listed]: plan rows whose pairs have the same bias indices."""
+    """Sums of ds over chunks of windows, [chunks, H, q_tiles * BLOCK_Q, k_tiles * BLOCK_K], zeros outside
+    the boxes. `rows` int32 [listed]: plan rows whose pairs have the same bias indices."""
 
     data: Any
     stride_c: Any
@@ -57,12 +71,13 @@ class BiasGrad(NamedTuple):
 @triton.jit
 def store_key_rows(
     X, part, at, b, h, keys, flags, grad, EDGE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """The gradient of key or value slots [S, BLOCK_D]: tokens to X, extra rows to their share `at` of `part`."""
+):  # fmt: skip
+    """The gradient of key or value slots [S, BLOCK_D]: tokens to X, extra rows to their share `at` of
+    `part`."""
     store_rows(X, b, h, keys.token, keys.token >= 0, grad, D, BLOCK_D)
     if part is not None:
         store_rows(part, at, h, keys.extra, (keys.extra >= 0) & ~keys.boxed, grad, D, BLOCK_D)
-        if EDGE:
+        if EDGE:  # noqa: SIM102  (the first is decided by the compiler)
             if flags & 2:
                 pads = keys.boxed & keys.ok & (keys.extra >= 0)
                 edge = tl.sum(tl.where(pads[:, None], grad, 0.0), 0)
@@ -72,11 +87,11 @@ def store_key_rows(
 
 @triton.jit
 def load_delta(delta, b, h, queries):
-    """delta [Q] of the query slots, or None."""
-    if delta is None:
-        return None
-    else:
-        return load_scalars(delta, b, h, queries.token, queries.ok, 0.0)
+    """delta [Q] of the query slots, 0 where there is none."""
+    values = queries.factor * 0.0
+    if delta is not None:
+        values = load_scalars(delta, b, h, queries.token, queries.ok, 0.0)
+    return values
 
 
 @triton.jit(do_not_specialize=["n_tokens", "heads", "n_q"])
@@ -94,9 +109,8 @@ def attend_bwd_delta_kernel(
         d = tl.arange(0, BLOCK_DV)
         mask = ok[:, None] & (d < DV)[None, :]
         out_at = Out.data + h * Out.stride_h + (b * Out.stride_b + token * Out.stride_n)[:, None] + d[None, :]
-        dout_at = (
-            DOut.data + h * DOut.stride_h + (b * DOut.stride_b + token * DOut.stride_n)[:, None] + d[None, :]
-        )
+        dout_at = DOut.data + h * DOut.stride_h + d[None, :]
+        dout_at += (b * DOut.stride_b + token * DOut.stride_n)[:, None]
         out = tl.load(out_at, mask=mask, other=0.0).to(ACC)
         delta = tl.sum(out * tl.load(dout_at, mask=mask, other=0.0).to(ACC), 1)
     if DLse is not None:
@@ -107,13 +121,14 @@ def attend_bwd_delta_kernel(
 @triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "items", "listed", "chunk"])
 def attend_bwd_tile_kernel(
     x, DQ, grads, dbias, plan, terms, dropout,
-    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items, listed, chunk,
-    WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items,
+    listed, chunk, WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr, D:
+    tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of windows of one tile each. `x.delta` holds dlse or None; dbias None: a chunk is one window."""
+    """All gradients of windows of one tile each. `x.delta` holds dlse or None; dbias None: a chunk is one
+    window."""
     at = tl.program_id(0).to(tl.int64)
     h = at % heads
     part = at // heads
@@ -129,9 +144,8 @@ def attend_bwd_tile_kernel(
         window = b * n_rows + row
         flags = load_flags(plan, row)
         queries = query_slots(plan, load_box(plan, row, 0), tl.arange(0, BLOCK_Q), b, h, terms.q_scale, ACC)
-        keys = key_slots(
-            plan, load_box(plan, row, 1), tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC
-        )
+        box, slot = load_box(plan, row, 1), tl.arange(0, BLOCK_K)
+        keys = key_slots(plan, box, slot, b, h, terms, n_extra, EDGE, APPENDED, ACC)
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
         added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
@@ -155,14 +169,8 @@ def attend_bwd_tile_kernel(
         store_key_rows(grads.dv, grads.part_v, window, b, h, keys, flags, dv, EDGE, DV, BLOCK_DV)
 
         delta = load_delta(x.delta, b, h, queries)
-        if SOFTMAX:
-            rowsum = tl.sum(weights * dp, 0)
-            delta = rowsum if delta is None else rowsum - delta
-        elif delta is not None:
-            delta = -delta
-        if delta is not None:
-            delta = delta[None, :]
-        ds = SLOPE(s, weights, dp, lse, delta)
+        delta = (tl.sum(weights * dp, 0) if SOFTMAX else 0.0) - delta
+        ds = SLOPE(s, weights, dp, lse, delta[None, :], x.delta is not None)
         total += ds
         dk = tl.dot((ds * queries.factor[None, :]).to(q.dtype), q, input_precision=PRECISION, out_dtype=ACC)
         dk *= keys.factor[:, None] * scale
@@ -201,10 +209,8 @@ def attend_bwd_q_kernel(
     queries = query_slots(plan, load_box(plan, row, 0), slot, b, h, terms.q_scale, ACC)
     q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
     dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
-    lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))
-    delta = load_delta(x.delta, b, h, queries)
-    if delta is not None:
-        delta = delta[:, None]
+    lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[:, None]
+    delta = load_delta(x.delta, b, h, queries)[:, None]
     box = load_box(plan, row, 1)
     flags = load_flags(plan, row)
 
@@ -220,7 +226,7 @@ def attend_bwd_q_kernel(
         if dropout is not None:
             keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
-        ds = SLOPE(s, WEIGHTS(s, lse[:, None]), dp, lse[:, None], delta) * keys.factor[None, :]
+        ds = SLOPE(s, WEIGHTS(s, lse), dp, lse, delta, x.delta is not None) * keys.factor[None, :]
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
     dq *= queries.factor[:, None] * scale
     store_rows(DQ, b, h, queries.token, queries.ok, dq, D, BLOCK_D)
@@ -235,7 +241,8 @@ def attend_bwd_kv_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dv = (keep * weights)^T dout and dk = scale * k_scale * (ds * q_scale)^T q of one key tile, over all query tiles."""
+    """dv = (keep * weights)^T dout and dk = scale * k_scale * (ds * q_scale)^T q of one key tile, over all
+    query tiles."""
     at = tl.program_id(0).to(tl.int64)
     h = at % heads
     tile = at // heads
@@ -245,9 +252,8 @@ def attend_bwd_kv_kernel(
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
     first = (tile % k_tiles).to(tl.int32) * BLOCK_K
-    keys = key_slots(
-        plan, load_box(plan, row, 1), first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC
-    )
+    box, slot = load_box(plan, row, 1), first + tl.arange(0, BLOCK_K)
+    keys = key_slots(plan, box, slot, b, h, terms, n_extra, EDGE, APPENDED, ACC)
     k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
     v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
     box = load_box(plan, row, 0)
@@ -260,9 +266,7 @@ def attend_bwd_kv_kernel(
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
-        delta = load_delta(x.delta, b, h, queries)
-        if delta is not None:
-            delta = delta[None, :]
+        delta = load_delta(x.delta, b, h, queries)[None, :]
         added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
         s = finish_scores(kq, added, across(queries), down(keys), flags, scale, mask_value, REGIONS, APPENDED)
@@ -274,7 +278,7 @@ def attend_bwd_kv_kernel(
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
             kept = tl.where(keep, weights * tl.full((1, 1), keep_scale, ACC), 0.0)
         dv += tl.dot(kept.to(dout.dtype), dout, input_precision=PRECISION, out_dtype=ACC)
-        ds = SLOPE(s, weights, dp, lse, delta) * queries.factor[None, :]
+        ds = SLOPE(s, weights, dp, lse, delta, x.delta is not None) * queries.factor[None, :]
         dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION, out_dtype=ACC)
     dk *= keys.factor[:, None] * scale
     store_key_rows(grads.dk, grads.part_k, tile, b, h, keys, flags, dk, EDGE, D, BLOCK_D)
@@ -286,12 +290,11 @@ def attend_bwd_kv_kernel(
 )
 def attend_bwd_bias_kernel(
     x, dbias, plan, terms, dropout,
-    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items, listed, chunk,
-    q_tiles, k_tiles,
-    WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items,
+    listed, chunk, q_tiles, k_tiles, WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr, D:
+    tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sum of one tile of ds over a chunk of the (sample, listed row) pairs, in their order."""
     at = tl.program_id(0).to(tl.int64)
@@ -314,17 +317,8 @@ def attend_bwd_bias_kernel(
         k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)
         added = load_added(down(queries), across(keys), terms, window, h, APPENDED)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
-        s = finish_scores(
-            qk,
-            added,
-            down(queries),
-            across(keys),
-            load_flags(plan, row),
-            scale,
-            mask_value,
-            REGIONS,
-            APPENDED,
-        )
+        flags = load_flags(plan, row)
+        s = finish_scores(qk, added, down(queries), across(keys), flags, scale, mask_value, REGIONS, APPENDED)
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)
         v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
@@ -332,14 +326,8 @@ def attend_bwd_bias_kernel(
             keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[:, None]
-        delta = load_delta(x.delta, b, h, queries)
-        if delta is not None:
-            delta = delta[:, None]
-        total += SLOPE(s, WEIGHTS(s, lse), dp, lse, delta)
-    to = (
-        dbias.data
-        + part * dbias.stride_c
-        + h * dbias.stride_h
-        + q_slot.to(tl.int64)[:, None] * dbias.stride_q
-    )
+        delta = load_delta(x.delta, b, h, queries)[:, None]
+        total += SLOPE(s, WEIGHTS(s, lse), dp, lse, delta, x.delta is not None)
+    to = dbias.data + part * dbias.stride_c + h * dbias.stride_h
+    to += q_slot.to(tl.int64)[:, None] * dbias.stride_q
     tl.store(to + (first + tl.arange(0, BLOCK_K))[None, :], total)

@@ -1,8 +1,8 @@
 """Attention of each plan row, forward.
 
-One program per (sample, plan row, query tile, head), heads fastest because the heads of a token share cache lines, all on
-grid axis 0: samples times windows exceed the 65535 of the other axes. Windows of up to BLOCK_K key slots are one pass
-over one tile; larger ones loop over key tiles with the online softmax.
+One program per (sample, plan row, query tile, head), heads fastest because the heads of a token share cache
+lines, all on grid axis 0: samples times windows exceed the 65535 of the other axes. Windows of up to
+BLOCK_K key slots are one pass over one tile; larger ones loop over key tiles with the online softmax.
 """
 
 import triton
@@ -18,8 +18,8 @@ from .rows import (
     load_rows,
     query_slots,
     store_rows,
+    store_scalars,
 )
-from .rows import store_scalars
 from .scores import dropout_keep, finish_scores, load_added
 
 

@@ -1,8 +1,9 @@
 """From sums of ds per pair of slots to the gradient of the bias table, in a fixed order.
 
-Plan rows whose slots have the same codes share their bias indices: such rows are one *class* and their ds may be summed
-pair by pair before any index is looked at. A windowed grid is one class. Per class, the pairs are sorted by table entry
-once (cached with the plan), and one program sums the pairs of a few entries: each entry has one owner.
+Plan rows whose slots have the same codes share their bias indices: such rows are one *class* and their ds
+may be summed pair by pair before any index is looked at. A windowed grid is one class. Per class, the pairs
+are sorted by table entry once (cached with the plan), and one program sums the pairs of a few entries: each
+entry has one owner.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ BLOCK_T, BLOCK_M = 32, 32
 
 @dataclass(frozen=True)
 class RowClass:
-    """`rows` int32 [n]: plan rows; `pairs` int32 [P]: q slot * k_stride + key slot, by table entry; `first` int32 [T + 1]:
-    where an entry's pairs begin; `most`: most pairs of an entry."""
+    """`rows` int32 [n]: plan rows; `pairs` int32 [P]: q slot * k_stride + key slot, by table entry; `first`
+    int32 [T + 1]: where an entry's pairs begin; `most`: most pairs of an entry."""
 
     rows: Tensor
     pairs: Tensor
@@ -33,8 +34,8 @@ _classes: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def row_classes(axes: Tensor, rows: Tensor, appended: int, table: int, k_stride: int) -> list[RowClass]:
-    """The classes of a plan for a table of `table` entries, the last `appended` of which belong to appended rows.
-    Computed once per plan (the tables go to the host once)."""
+    """The classes of a plan for a table of `table` entries, the last `appended` of which belong to appended
+    rows. Computed once per plan (the tables go to the host once)."""
     known = _classes.setdefault(rows, {})
     key = (appended, table, k_stride)
     if key not in known:

@@ -1,7 +1,9 @@
-"""Tensors, boxes and slots inside the kernels: what a plan row says, and the rows of q, k and v that it names.
+"""Tensors, boxes and slots inside the kernels: what a plan row says, and the rows of q, k and v that it
+names.
 
-A *slot* is a position of a box; it adds up the entries of its axes (csrc/attend.h). The key slots of a plan row are those
-of its key box, then the appended extra rows. Everything here is plain loads with masks and int64 addresses.
+A *slot* is a position of a box; it adds up the entries of its axes (csrc/attend.h). The key slots of a plan
+row are those of its key box, then the appended extra rows. Everything here is plain loads with masks and
+int64 addresses.
 """
 
 from typing import Any, NamedTuple
@@ -40,8 +42,9 @@ class Box(NamedTuple):
 class Slots(NamedTuple):
     """Slots of one side of a tile, as vectors [S], or [S, 1] or [1, S] where they meet the other side.
 
-    `token` is negative for a pad; `extra` is the row of extra_k and extra_v (negative: none); `ok`: takes part;
-    `boxed`: lies in the box (an appended row does not); `factor`: q_scale or k_scale; `shift`: key_bias, -inf where not ok.
+    `token` is negative for a pad; `extra` is the row of extra_k and extra_v (negative: none); `ok`: takes
+    part; `boxed`: lies in the box (an appended row does not); `factor`: q_scale or k_scale; `shift`:
+    key_bias, -inf where not ok.
     """
 
     slot: Any
@@ -72,11 +75,12 @@ def load_flags(plan, row):
 
 @triton.jit
 def slot_entries(plan, box, slot):
-    """token (-1 outside the box), region, code [S] of slots: sums over the three axes; boxed [S]: the slot lies in the box.
+    """token (-1 outside the box), region, code [S] of slots: sums over the three axes; boxed [S]: the slot
+    lies in the box.
 
-    A field is loaded as one tile [S, 4], its last column entry 0, and summed: the compiler repeats smaller loads, and the
-    divisions before them, in every layout that needs a field. Slots outside the box read its last one, so that every
-    code is a valid one."""
+    A field is loaded as one tile [S, 4], its last column entry 0, and summed: the compiler repeats smaller
+    loads, and the divisions before them, in every layout that needs a field. Slots outside the box read its
+    last one, so that every code is a valid one."""
     boxed = slot < box.slots
     inside = tl.minimum(slot, box.slots - 1)
     rest = inside // box.extent2
@@ -124,12 +128,18 @@ def store_rows(X, b, h, token, ok, values, D: tl.constexpr, BLOCK_D: tl.constexp
 
 @triton.jit
 def load_key_rows(X, EXTRA, b, h, keys, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Key or value rows [S, BLOCK_D] of key slots: tokens, and extra rows where the slot names one."""
-    tile = load_rows(X, b, h, keys.token, keys.ok & (keys.token >= 0), D, BLOCK_D)
+    """Key or value rows [S, BLOCK_D] of key slots: tokens, and extra rows where the slot names one.
+
+    One load through chosen pointers: to choose between two loaded tiles costs a second load, and Triton
+    3.7.1 fails to compile it with some other options."""
+    at = X.data + b * X.stride_b + h * X.stride_h + keys.token.to(tl.int64) * X.stride_n
     if EXTRA is not None:
-        extra = load_rows(EXTRA, b, h, keys.extra, keys.ok & (keys.extra >= 0), D, BLOCK_D)
-        tile = tl.where((keys.extra >= 0)[:, None], extra, tile)
-    return tile
+        extra_at = (
+            EXTRA.data + b * EXTRA.stride_b + h * EXTRA.stride_h + keys.extra.to(tl.int64) * EXTRA.stride_n
+        )
+        at = tl.where(keys.extra >= 0, extra_at, at)
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(at[:, None] + d[None, :], mask=keys.ok[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit

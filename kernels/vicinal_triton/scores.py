@@ -1,7 +1,8 @@
 """The scores of a tile (csrc/attend.h has the formula) and its dropout bits.
 
-`finish_scores` serves both orientations: the forward and the dq pass have queries down and keys across, the dk/dv pass
-has keys down and queries across, so that no dot product needs the transpose of another one's result.
+`finish_scores` serves both orientations: the forward and the dq pass have queries down and keys across, the
+dk/dv pass has keys down and queries across, so that no dot product needs the transpose of another one's
+result.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import triton.language as tl
 
 
 class Bias(NamedTuple):
-    """Table [H, size] indexed by code of the query slot + code of the key slot; its last entries are the extra rows'."""
+    """Table [H, size] indexed by code of the query slot + code of the key slot; its last entries are the
+    extra rows'."""
 
     data: Any
     stride_h: Any
@@ -50,19 +52,19 @@ class Dropout(NamedTuple):
 
 @triton.jit
 def load_added(queries, keys, terms, window, h, APPENDED: tl.constexpr):
-    """What is added to the scaled scores per pair, bias and mask, or None; `queries`, `keys` expanded against each other.
+    """What is added to the scaled scores per pair, bias and mask; `queries`, `keys` expanded against each
+    other.
 
-    To be called before the product of q and k: the compiler gives row sums and maxima the layout of whichever comes
-    first, and with that of these loads it computes the softmax twice."""
-    added = None
+    To be called before the product of q and k: the compiler gives row sums and maxima the layout of
+    whichever comes first, and with that of these loads it computes the softmax twice."""
+    added = tl.full((1, 1), -0.0, keys.shift.dtype)  # x + -0.0 is x: the compiler drops it
     if terms.bias is not None:
         index = (tl.where(keys.boxed, queries.code, 0) if APPENDED else queries.code) + keys.code
-        added = tl.load(terms.bias.data + h * terms.bias.stride_h + index)
+        added += tl.load(terms.bias.data + h * terms.bias.stride_h + index)
     if terms.mask is not None:
         at = terms.mask.data + (window % terms.mask.count) * terms.mask.stride_m + h * terms.mask.stride_h
         at += queries.slot.to(tl.int64) * terms.mask.stride_q + keys.slot * terms.mask.stride_k
-        mask = tl.load(at, mask=queries.ok & keys.boxed, other=0.0)
-        added = mask if added is None else added + mask
+        added += tl.load(at, mask=queries.ok & keys.boxed, other=0.0)
     return added
 
 
@@ -72,11 +74,10 @@ def finish_scores(
 ):  # fmt: skip
     """Scores from the dot products qk; -inf for keys that are not ok.
 
-    Queries that are not ok get scores of no meaning: their outputs are not stored, and lse = inf makes their weights 0."""
-    s = qk * (queries.factor * scale) * keys.factor
-    if added is not None:
-        s += added
-    if REGIONS:
+    Queries that are not ok get scores of no meaning: their outputs are not stored, and lse = inf makes their
+    weights 0."""
+    s = qk * (queries.factor * scale) * keys.factor + added
+    if REGIONS:  # noqa: SIM102  (the first is decided by the compiler)
         if flags & 1:
             crosses = queries.region != keys.region
             s = tl.where(crosses & keys.boxed if APPENDED else crosses, s + mask_value, s)

@@ -1,11 +1,13 @@
-"""From scores to weights, once forward (online over key blocks) and once backward. Three functions per activation.
+"""From scores to weights, once forward (online over key blocks) and once backward. Three functions per
+activation.
 
-Forward:  `weights, m, l, rescale = <activation>_step(s, m, l)` on a tile s [Q, K]; m, l [Q]; acc is multiplied by rescale.
-Backward: `weights = <activation>_weights(s, lse)`, `ds = <activation>_slope(s, weights, dp, delta)`, in either
-orientation. delta is rowsum(dout * out) - dlse for softmax and -dlse for the others, whose lse is that of their
-scores (None: no dlse).
+Forward:  `weights, m, l, rescale = <activation>_step(s, m, l)` on a tile s [Q, K]; m, l [Q]; acc is
+multiplied by rescale. Backward: `weights = <activation>_weights(s, lse)`, `ds = <activation>_slope(s,
+weights, dp, lse, delta, ..)`, in either orientation. delta is rowsum(dout * out) - dlse for softmax and
+-dlse for the others, whose lse is that of their scores; HAS_DELTA: there is a dlse.
 
-A score of -inf is excluded; the launcher makes the mask value -inf where an activation gives cross-region pairs 0.
+A score of -inf is excluded; the launcher makes the mask value -inf where an activation gives cross-region
+pairs 0.
 """
 
 import triton
@@ -44,7 +46,7 @@ def softmax_weights(s, lse):
 
 
 @triton.jit
-def softmax_slope(s, weights, dp, lse, delta):
+def softmax_slope(s, weights, dp, lse, delta, HAS_DELTA: tl.constexpr):
     return weights * (dp - delta)
 
 
@@ -61,9 +63,9 @@ def relu2_step(s, m, l):
 
 
 @triton.jit
-def relu2_slope(s, weights, dp, lse, delta):
+def relu2_slope(s, weights, dp, lse, delta, HAS_DELTA: tl.constexpr):
     ds = 2.0 * tl.maximum(s, 0.0) * dp
-    return ds if delta is None else ds - softmax_weights(s, lse) * delta
+    return ds - softmax_weights(s, lse) * delta if HAS_DELTA else ds
 
 
 @triton.jit
@@ -78,9 +80,9 @@ def relu_step(s, m, l):
 
 
 @triton.jit
-def relu_slope(s, weights, dp, lse, delta):
+def relu_slope(s, weights, dp, lse, delta, HAS_DELTA: tl.constexpr):
     ds = tl.where(s > 0.0, dp, 0.0)
-    return ds if delta is None else ds - softmax_weights(s, lse) * delta
+    return ds - softmax_weights(s, lse) * delta if HAS_DELTA else ds
 
 
 @triton.jit
@@ -95,6 +97,6 @@ def identity_step(s, m, l):
 
 
 @triton.jit
-def identity_slope(s, weights, dp, lse, delta):
+def identity_slope(s, weights, dp, lse, delta, HAS_DELTA: tl.constexpr):
     ds = tl.where(s == float("-inf"), 0.0, dp)
-    return ds if delta is None else ds - softmax_weights(s, lse) * delta
+    return ds - softmax_weights(s, lse) * delta if HAS_DELTA else ds

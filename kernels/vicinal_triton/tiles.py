@@ -1,15 +1,17 @@
 """The static tile table: per kernel, dtype class and padded head dim, how much of a window a program takes.
 
-No run-time autotuning. The entries are the largest tiles that the compiler keeps in registers, or nearly so, on sm_80,
-sm_90 and sm_100; none has been timed on a GPU. tests/triton_budgets.json holds registers, stack and shared memory of
-each. One table serves all architectures; an entry by architecture needs a measurement that favours it.
+No run-time autotuning. The entries are the largest tiles that the compiler keeps in registers, or nearly
+so, on sm_80, sm_90 and sm_100; none has been timed on a GPU. tests/triton_budgets.json holds registers,
+stack and shared memory of each. One table serves all architectures; an entry by architecture needs a
+measurement that favours it.
 """
 
 from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Most query and key slots of a program, its warps and its pipeline stages (of loops over more than one tile)."""
+    """Most query and key slots of a program, its warps and its pipeline stages (of loops over more than one
+    tile)."""
 
     block_q: int
     block_k: int
@@ -25,7 +27,7 @@ Entries = dict[int, tuple[int, int, int, int]]
 
 _HALF: dict[str, Entries] = {
     "fwd": {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
-    "tile": {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
+    "tile": {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
     "q": {32: (64, 64, 4, 2), 64: (32, 64, 4, 2), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
     "kv": {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
     "bias": {32: (64, 64, 4, 2), 64: (64, 64, 8, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
@@ -63,9 +65,11 @@ def power_of_two(n: int) -> int:
 
 
 def choose(kernel: str, dtype_class: str, block_d: int, q_slots: int, k_slots: int) -> Tile:
-    """The tile of a kernel for windows of q_slots x k_slots; small windows get small tiles and fewer warps."""
+    """The tile of a kernel for windows of q_slots x k_slots; small windows get small tiles and fewer warps.
+
+    At least two warps, which every combination of options is compiled with."""
     most = Tile(*TABLE[dtype_class][kernel][max(HEAD_DIMS[0], block_d)])
     block_q, block_k = min(most.block_q, power_of_two(q_slots)), min(most.block_k, power_of_two(k_slots))
-    warps = max(1, most.warps * block_q * block_k // (most.block_q * most.block_k))
+    warps = max(2, most.warps * block_q * block_k // (most.block_q * most.block_k))
     loops = k_slots > block_k or q_slots > block_q or kernel == "bias"
     return Tile(block_q, block_k, warps, most.stages if loops else 1)

@@ -84,6 +84,26 @@ def define(
         torch.library.register_fake(f"vicinal::{name}", fake, lib=LIBRARY)
 
 
+class OnceDifferentiable(torch.autograd.Function):
+    """apply(what, n, *gradients, *sources) -> the n gradients, which depend on the sources but refuse to say
+    how.
+
+    torch's once_differentiable leaves out the sources, so that a second derivative which has another path to
+    them would silently lose this one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, what: str, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.what = what
+        return tuple(t.view_as(t) for t in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            f"{ctx.what} is differentiable once; backend='reference' is differentiable any number of times"
+        )
+
+
 def autograd_function(
     family: Family, finish: Callable[..., list[Tensor | None]]
 ) -> Callable[..., tuple[Tensor, ...]]:
@@ -126,9 +146,16 @@ def autograd_function(
             return outputs
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            return differentiate(ctx, *grads)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return differentiate(ctx, *grads)
+            with torch.no_grad():
+                found = differentiate(ctx, *grads)
+            wanted = [g for g in found if g is not None]
+            sources = [t for t in (*ctx.saved_tensors, *grads) if t is not None]
+            what = f"{family.name} attention of backend {ctx.backend!r}"
+            refusing = iter(OnceDifferentiable.apply(what, len(wanted), *wanted, *sources))
+            return tuple(None if g is None else next(refusing) for g in found)
 
     class Transformable(torch.autograd.Function):
         """The twin for torch.func: functorch wants a separate setup_context, and a rule for vmap."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from types import NoneType
 from typing import Any
 
@@ -110,7 +111,7 @@ def problem_key(call: Call) -> ProblemKey:
     if q.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(q.device)
         arch = major * 10 + minor
-    return q.device.type, q.dtype, int(q.shape[-1]), int(call.v.shape[-1]), tuple(features), arch
+    return q.device.type, q.dtype, index(q.shape[-1]), index(call.v.shape[-1]), tuple(features), arch
 
 
 def run(
@@ -288,6 +289,9 @@ def run_reference(
     call: Call, seed: Tensor | None, compute_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, one head group after the other. compute_dtype: instead of the accumulation type."""
+    if torch.is_autocast_enabled(call.q.device.type):  # prepare cast what is to be cast
+        with torch.autocast(call.q.device.type, enabled=False):
+            return run_reference(call, seed, compute_dtype)
     q, k, v, windows = flat(call.q), flat(call.k), flat(call.v), call.windows
     geometry = geometry_of(windows, call.q.dim() - 3)
     bias = call.bias.dense(*bias_windows(call)) if isinstance(call.bias, RelativeBias) else call.bias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from operator import index
 from typing import Any
 
 from torch import Tensor
@@ -110,4 +111,5 @@ class RelativeBias:
 
 
 def per_axis(value: Size, rank: int) -> tuple[int, ...]:
-    return (value,) * rank if isinstance(value, int) else tuple(value)
+    # operator.index: torch.compile makes integers symbolic that differ between calls; windows are constants
+    return (index(value),) * rank if isinstance(value, int) else tuple([index(v) for v in value])

@@ -126,6 +126,22 @@ def backend_lines(row: dict[str, Any]) -> list[str]:
     return [", ".join([head, *limits]), *(here or [f"  no {' or '.join(row['devices'])} device here"])]
 
 
+def capability_table() -> str:
+    """The capability rows as a Markdown table, in order of preference; docs/backends.md holds it."""
+    lines = [
+        "| family | backend | devices | dtypes | head_dim | GPU from | missing |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in _backends.rows():
+        dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
+        head_dim = f"<= {row.max_head_dim}" if row.max_head_dim else "any"
+        arch = f"sm_{row.min_arch}" if row.min_arch else "-"
+        missing = " ".join(sorted(row.missing)) or "-"
+        cells = (row.family, f"`{row.backend}`", " ".join(row.devices), dtypes, head_dim, arch, missing)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def words(value: Any) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{key}={words(entry)}" for key, entry in value.items())
@@ -141,8 +157,13 @@ def words(value: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vicinal.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--table", action="store_true", help="print the backends' capabilities as Markdown")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(capability_table())
+        return
     facts = info()
-    print(json.dumps(facts, indent=2) if parser.parse_args().json else render(facts))
+    print(json.dumps(facts, indent=2) if arguments.json else render(facts))
 
 
 if __name__ == "__main__":

@@ -248,7 +248,5 @@ def _kept(
 
 def _scatter(x: Tensor, ids: Tensor, tokens: int) -> Tensor:
     """[B, W, slots, ...] -> [B, tokens, ...]: each token from its slot."""
-    slots = torch.empty(tokens, dtype=torch.long)
-    flat = ids.flatten()
-    slots[flat[flat >= 0]] = torch.nonzero(flat >= 0).flatten()
+    slots = torch.argsort(ids.flatten(), stable=True)[ids.numel() - tokens :]  # the pads, -1, come first
     return x.flatten(1, 2).index_select(1, slots.to(x.device))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vicinal import _backends, _launch, _windowed_op
+from vicinal import _backends, _launch, _windowed_op, _windowed_run
 from vicinal._attend import AttendCall, AttendGrads
 from vicinal._family import define
 
@@ -97,17 +97,22 @@ def only_here(device: str) -> str:
     return "" if emulation else "it exists in tests alone"
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROW = _launch.Launchers("emulated", forward, backward, ("cpu",), DTYPES, only_here, max_head_dim=256)
+define(_windowed_op.WINDOWED, "emulated", _windowed_op._forward(ROW), _windowed_op._backward(ROW))
+
+
 @contextmanager
 def emulated(build: HostBuild, flavor: str = "plain", **schedule: int) -> Iterator[Emulation]:
     """Within it, backend="emulated" runs the CUDA kernels of this build under this schedule."""
-    if "emulated" not in _backends.ORDER:
-        _backends.ORDER = (*_backends.ORDER, "emulated")  # type: ignore[assignment]
-        dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        row = _launch.Launchers("emulated", forward, backward, ("cpu",), dtypes, only_here, max_head_dim=256)
-        _backends.register(row.capability("windowed"))
-        define(_windowed_op.WINDOWED, "emulated", _windowed_op._forward(row), _windowed_op._backward(row))
     emulation.append(Emulation(build(SOURCES, flavor), flavor, **schedule))
+    order, rows = _backends.ORDER, list(_backends._rows)
+    _backends.ORDER = (*order, "emulated")  # type: ignore[assignment]
+    _backends.register(ROW.capability("windowed"))
     try:
         yield emulation[-1]
     finally:
         emulation.pop()
+        _backends.ORDER, _backends._rows[:] = order, rows
+        _backends._choice.cache_clear()
+        _windowed_run._settled.clear()

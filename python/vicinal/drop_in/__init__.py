@@ -60,9 +60,11 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
         ValueError: `families` names something that is no family.
 
     Example:
-        >>> model = SwinTransformer(swin_tiny())
-        >>> print(accelerate(model))
-        >>> restore(model)
+        >>> from vicinal.models import SwinTransformer, swin_test
+        >>> model = SwinTransformer(swin_test())
+        >>> report = accelerate(model)  # print it for the table
+        >>> len(report.replaced)
+        4
     """
     asked = FAMILIES if families is None else tuple(families)
     unknown = sorted(set(asked) - set(FAMILIES))
