@@ -286,13 +286,14 @@ void add_partials(const AttendBwd& p, const Schedule& plan, const Partials<T>& p
 
 template <class S, class T>
 void run(const AttendBwd& p, int threads) {
+  if (p.a.heads == 0) return;
   Backward<S, T> counted(p);
   const double flops = 5.0 * p.a.plan.q_slots * counted.k_most * (p.a.head_dim + p.a.head_dim_v);
   const Schedule plan = make_schedule(p.a, 2 * counted.bias_stride() * sizeof(T), flops);
   cpu::Arena counter(nullptr);
   counted.carve(counter, plan.group_heads);
   const int64_t chunks = plan.chunks();
-  const int team = threads < chunks ? threads : static_cast<int>(chunks);
+  const int team = static_cast<int>(at_least(threads < chunks ? threads : chunks, 1));
   Partials<T> partials;
   partials.allocate(p, plan);
 #pragma omp parallel num_threads(team) if (team > 1)
