@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import index
@@ -27,9 +28,14 @@ def geometry_of(windows: Windows, rank: int) -> Geometry:
     return _geometry(windows, rank, "none")[0]
 
 
-@lru_cache(maxsize=1024)
 def _geometry(windows: Windows, rank: int, bias: str) -> tuple[Geometry, str]:
     """The ops' geometry of these windows on a grid of this rank, and its text."""
+    if torch.compiler.is_compiling():  # traces through caches, and warns of it
+        return _make_geometry(windows, rank, bias)
+    return _cached_geometry(windows, rank, bias)
+
+
+def _make_geometry(windows: Windows, rank: int, bias: str) -> tuple[Geometry, str]:
     if windows.head_groups is not None:
         groups = tuple(
             Group(n, per_axis(size, rank), per_axis(s, rank)) for n, size, s in windows.head_groups
@@ -43,13 +49,14 @@ def _geometry(windows: Windows, rank: int, bias: str) -> tuple[Geometry, str]:
     return geometry, geometry.encode()
 
 
+_cached_geometry = lru_cache(maxsize=1024)(_make_geometry)
+_cached_windows: Callable[[Size], Windows] = lru_cache(maxsize=1024)(Windows)
+
+
 def as_windows(windows: Windows | Size) -> Windows:
-    return windows if isinstance(windows, Windows) else _from_size(windows)
-
-
-@lru_cache(maxsize=1024)
-def _from_size(size: Size) -> Windows:
-    return Windows(size)
+    if isinstance(windows, Windows):
+        return windows
+    return Windows(windows) if torch.compiler.is_compiling() else _cached_windows(windows)
 
 
 @dataclass(slots=True)
