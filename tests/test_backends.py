@@ -57,6 +57,9 @@ def test_a_capable_row_has_no_reason() -> None:
     assert reasons(row("reference", devices=("any",)), problem(device="xpu")) == []
 
 
+FLOAT16_IS_WRONG = "float16 on cpu would give wrong numbers"
+
+
 @pytest.mark.parametrize(
     ("changes", "asked", "reason"),
     [
@@ -66,6 +69,7 @@ def test_a_capable_row_has_no_reason() -> None:
         ({"max_head_dim": 8}, {"head_dim": 9}, "head_dim 9 is above 8"),
         ({"max_head_dim": 8}, {"head_dim_v": 10}, "head_dim 10 is above 8"),
         ({"min_arch": 80}, {"arch": 75}, "GPU architecture sm_75 is below sm_80"),
+        ({"wrong": frozenset({("cpu", torch.float16)})}, {"dtype": torch.float16}, FLOAT16_IS_WRONG),
         (
             {"missing": frozenset({"dropout"})},
             {"features": frozenset({"dropout", "relu"})},

@@ -36,7 +36,8 @@ class Problem:
 @dataclass(frozen=True)
 class Row:
     """One backend's capabilities for one family. `available` returns "" or the reason why the backend cannot
-    run here; `max_head_dim` None: any; `missing`: features it does not have."""
+    run here; `max_head_dim` None: any; `missing`: features it does not have; `wrong`: pairs of device and
+    dtype whose arithmetic is broken there."""
 
     backend: str
     family: str
@@ -46,6 +47,7 @@ class Row:
     max_head_dim: int | None = None
     min_arch: int | None = None
     missing: frozenset[str] = frozenset()
+    wrong: frozenset[tuple[str, torch.dtype]] = frozenset()
 
 
 ORDER = ("cpu", "cuda", "triton", "reference")
@@ -102,6 +104,9 @@ def reasons(row: Row, problem: Problem) -> list[str]:
         found.append(f"device {problem.device} is not one of {', '.join(row.devices)}")
     elif reason := row.available(problem.device):
         found.append(reason)
+    if (problem.device, problem.dtype) in row.wrong:
+        dtype = str(problem.dtype).removeprefix("torch.")
+        found.append(f"{dtype} on {problem.device} would give wrong numbers")
     if problem.dtype not in row.dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in row.dtypes)
         found.append(f"dtype {str(problem.dtype).removeprefix('torch.')} is not one of {names}")

@@ -144,11 +144,12 @@ class Launchers:
     max_head_dim: int | None = None
     min_arch: int | None = None
     missing: frozenset[str] = frozenset()
+    wrong: frozenset[tuple[str, torch.dtype]] = frozenset()
     repeat: Callable[[AttendCall], Callable[..., None]] | None = None
     repeat_backward: Callable[[AttendCall, AttendGrads], Callable[..., None]] | None = None
 
     def capability(self, family: str) -> Row:
-        limits = (self.max_head_dim, self.min_arch, self.missing)
+        limits = (self.max_head_dim, self.min_arch, self.missing, self.wrong)
         return Row(self.backend, family, self.devices, self.dtypes, self.available, *limits)
 
 
@@ -172,6 +173,7 @@ ROWS = (
         available=_backends.have_triton,
         max_head_dim=256,
         min_arch=80,
+        wrong=frozenset({("cpu", torch.bfloat16)}),  # Triton's interpreter
     ),
     Launchers(
         "cpu",
