@@ -8,9 +8,7 @@ timm's, with its own fused attention, on the same weights. Before anything is ti
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,34 +18,20 @@ from torch import Tensor, nn
 from vicinal.drop_in import accelerate
 from vicinal.models import SwinTransformer, swin_tiny
 
+from . import torchvision_operators
 from .measure import Contender, interleave, median, ratios
 from .results import Report, Result
 from .table import number
 from .windowed import OURS, spread
 
 BASELINES = ("reference", "timm")
-_declared: list[torch.library.Library] = []
-
-
-def declare_torchvision_operators() -> None:
-    """timm imports torchvision, whose CUDA wheel does not load beside a CPU build of torch: its operators are
-    missing when their meta functions are registered. No Swin calls them.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None or torch.version.cuda is not None or _declared:
-        return
-    if "+cu" in (Path(spec.origin).parent / "version.py").read_text():
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)  # definitions last as long as their library
 
 
 def build(name: str) -> nn.Module:
     """A Swin-T by where it comes from; "vicinal" is the accelerated reference model."""
     torch.manual_seed(0)
     if name == "timm":
-        declare_torchvision_operators()
+        torchvision_operators.declare()
         import timm
 
         model: nn.Module = timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0)

@@ -3,12 +3,12 @@ torch."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks import torchvision_operators
 
 
 @pytest.fixture(autouse=True)
@@ -22,21 +22,4 @@ def reproducible() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def declare_torchvision_operators() -> torch.library.Library | None:
-    """Let torchvision's CUDA wheel, the one that package indexes carry, import beside a CPU build of torch.
-
-    Its operator library cannot load there, and the import fails at the first operator whose meta function it
-    registers. Declaring the two that it registers is enough; no attention model calls them.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None or torch.version.cuda is not None:
-        return None
-    if "+cu" not in (Path(spec.origin).parent / "version.py").read_text():
-        return None
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
-
-
-TORCHVISION = declare_torchvision_operators()
+torchvision_operators.declare()

@@ -15,21 +15,9 @@ from torch import Tensor, nn
 def library(name: str) -> ModuleType:
     """Import an optional library, or skip with the reason that Python gives."""
     try:
-        if name.split(".")[0] in ("timm", "torchvision"):
-            _define_torchvision_schemas()
         return importlib.import_module(name)
     except ImportError as error:
         pytest.skip(f"{name} cannot be imported: {error}")
-
-
-def _define_torchvision_schemas() -> None:
-    """torchvision built for another torch registers fakes for ops that its native part failed to define."""
-    if not hasattr(torch.ops.torchvision, "nms"):
-        _SCHEMAS.define("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
-        _SCHEMAS.define("qnms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
-
-
-_SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def redraw(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -292,3 +292,20 @@ def test_values_are_frozen() -> None:
     for value, field in ((Windows(2), "size"), (RelativeBias(TABLE), "index")):
         with pytest.raises(AttributeError, match=re.escape(field)):
             setattr(value, field, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"backend": ["cpu"]}, "backend must be None or a string"),
+        ({"dropout_p": False}, "dropout_p is False"),
+        ({"scale": True}, "scale is True"),
+    ],
+)
+def test_wrong_types_after_a_good_call(wrong: dict[str, Any], message: str) -> None:
+    """The memory of earlier calls must not take an equal value of another type for one that was checked."""
+    q = torch.randn(1, 4, 4, 1, 8)
+    windowed_attention(q, q, q, 2, scale=1.0)
+    windowed_attention(q, q, q, 2)
+    with pytest.raises(TypeError, match=message):
+        windowed_attention(q, q, q, 2, **wrong)

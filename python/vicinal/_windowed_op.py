@@ -240,7 +240,8 @@ def _backward(launchers: _launch.Launchers) -> Callable[..., tuple[Tensor, ...]]
         key = None
         if repeat is not None and args[8:15] == _NO_TENSORS and dout.stride(-1) == 1:
             shapes = (q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), dout.stride(), q.dtype)
-            key = (*shapes, None if bias is None else bias.shape, dlse is None, packed, options)
+            saved = (out.stride(), lse.stride(), dlse is None)
+            key = (*shapes, *saved, None if bias is None else bias.shape, packed, options)
             again = repeats.get(key)
             if again is not None:
                 dlse = None if dlse is None else dlse.contiguous()

@@ -156,13 +156,14 @@ def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], b
         return None
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(q.device.type):
         return None
-    if bias is not None and not isinstance(bias, Tensor):
-        return None
-    if (
-        not isinstance(windows, (Windows, int))
-        or isinstance(windows, bool)
-        or not isinstance(scale, (float, NoneType))
-    ):
+    right_types = (  # equal is not enough: False == 0, and what cannot be hashed the checks name
+        isinstance(bias, (Tensor, NoneType))
+        and type(windows) in (Windows, int)
+        and type(scale) in (float, NoneType)
+        and type(dropout_p) in (float, int)
+        and type(backend) in (str, NoneType)
+    )
+    if not right_types:
         return None
     if isinstance(windows, Windows) and windows.edge != "mask":  # pads read an edge row
         return None
