@@ -22,8 +22,7 @@
 // What a masked key holds (k, v, k_den), NaN even, has no effect; its gradients are 0. Its decay counts.
 //
 //   D_ij = 1 (kMaskFull), [j <= i] exp(b_i - b_j) (kMaskCausal), [block j < block i] (kMaskBlocksBefore) or
-//          [block j <= block i] (kMaskBlocksUpTo), with b = inclusive cumsum of decay and block i = i /
-//          block_size
+//          [block j <= block i] (kMaskBlocksUpTo); b = inclusive cumsum of decay, block i = i / block_size
 //   num_i = sum_j (f_i . p_j) D_ij v_j + e_i f_i S0      e_i = exp(b_i) with a decay, otherwise 1
 //   den_i = sum_j (fd_i . pd_j) D_ij + e_i fd_i . z0 + eps
 //   out_i = num_i / den_i, or num_i where not normalised; 0 where |den_i| < kSmallestDen
@@ -44,9 +43,10 @@
 //   dpd_j = sum_i D_ij d_i fd_i + exp(b_N - b_j) dfinal_z
 //   dv_j = sum_i D_ij (f_i . p_j) r_i + exp(b_N - b_j) dfinal_s^T p_j
 //   dq = scale * phi_q'(q) * df,  dk = m * phi_k'(k) * dp;  without q_den: df + dfd and dp + dpd
-//   db_i = f_i . df_i + fd_i . dfd_i - p_i . dp_i - pd_i . dpd_i;  db_N += <final_s, dfinal_s> + <final_z,
-//   dfinal_z> ddecay_i = sum of db_j over j >= i.   dinitial: df's and dfd's counterparts, e_N dfinal + sum_i
-//   e_i f_i r_i^T.
+//   db_i = f_i . df_i + fd_i . dfd_i - p_i . dp_i - pd_i . dpd_i, and for the last token of the sequence also
+//          + <final_s, dfinal_s> + <final_z, dfinal_z>
+//   ddecay_i = sum of db_j over j >= i
+//   dinitial_s = e_N dfinal_s + sum_i e_i f_i r_i^T          dinitial_z = e_N dfinal_z + sum_i e_i d_i fd_i
 //
 // In chunks of the causal loop, with h the state entering and dh the gradient of the state leaving a chunk,
 // take b from the start of the chunk and h, dh, h' in place of S0, dfinal_s, final_s: sum db inside a chunk

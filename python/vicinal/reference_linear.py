@@ -6,6 +6,7 @@ through a square of weights. Without a mask the sums of all tokens come first an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -93,7 +94,7 @@ def linear(
     sequences = [(slice(b, b + 1), slice(None)) for b in range(batch)]
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
-        sequences = [(slice(0, 1), slice(a, b)) for a, b in zip(ends[:-1], ends[1:])]
+        sequences = [(slice(0, 1), slice(a, b)) for a, b in itertools.pairwise(ends)]
     elif batch:
         sequences = [(slice(None), slice(None))]  # all samples at once
     results, first = [], 0
