@@ -72,7 +72,7 @@ inline Vec<T> joint_weight(JointActivation activation, Vec<T> s) {
     const Vec<T> x = maximum(Vec<T>{}, s);
     return x * x;
   }
-  Vec<T> result;
+  Vec<T> result = {};
   const Vec<T> z = (T(kLaplaceMean) - s) * T(1 / kLaplaceWidth);
   for (int i = 0; i < kLanes<T>; ++i) result[i] = T(0.5) * complement(z[i]);
   return result;

@@ -4,6 +4,7 @@ from vicinal import nn
 from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
 from vicinal.drop_in import accelerate, restore
+from vicinal.hash import hash_attention
 from vicinal.joint import joint_attention
 from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
 
@@ -14,6 +15,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "explain",
+    "hash_attention",
     "joint_attention",
     "nn",
     "restore",

@@ -1,7 +1,7 @@
 """Joint attention: groups of tokens attend without a normaliser, and everyone reads one linear memory.
 
-The attention of FLASH and of MossFormer: cost is linear in the number of tokens, and the values are many times
-wider than the queries and keys.
+The attention of FLASH and of MossFormer: cost is linear in the number of tokens, and the values are many
+times wider than the queries and keys.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def joint_attention(
         group_size: g. None: all tokens are one group.
         is_causal: a token sees itself and earlier ones: in its own group by A, in the groups before by the
             linear part.
-        key_padding_mask: [B, N] bool, True = ignored as a key: excluded from both sums. (Published FLASH and
-            MossFormer masks are True = keep.)
-        activation: "relu2", relu(s)^2, or "laplace", (1 + erf((s - mu) / (sd sqrt 2))) / 2 with mu = sqrt(1/2)
-            and sd = sqrt(1 / (4 pi)).
+        key_padding_mask: [B, N] bool, True = ignored as a key: excluded from both sums. (Published FLASH
+            and MossFormer masks are True = keep.)
+        activation: "relu2", relu(s)^2, or "laplace", (1 + erf((s - mu) / (sd sqrt 2))) / 2 with mu =
+            sqrt(1/2) and sd = sqrt(1 / (4 pi)).
         quad_scale: default 1 / g.
         lin_scale: default 1 / N, whatever is ignored; 1 / g if is_causal.
         bias: [g, g], added to the scaled scores of every group. Trainable, any float dtype.
