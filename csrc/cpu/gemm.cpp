@@ -32,26 +32,35 @@ void tile(const Gemm<T>& g, int i0, int v0, int n) {
     for (int v = 0; v < kVectors; ++v)
       acc[i][v] = init ? load(init + i * g.init_stride + v * lanes) : Vec<T>{};
   }
-  const T* b = g.b + v0 * lanes;
-  const T* a = kColumns ? g.a + i0 : g.a + i0 * g.a_stride;
+  const T* a_row[kRows];
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+    if (kColumns) {
+      a_row[i] = g.a + i0 + i;
+    } else {
+      a_row[i] = g.a_rows ? g.a_rows[i0 + i] : g.a + (i0 + i) * g.a_stride;
+    }
+  }
   for (int t = 0; t < n; ++t) {
+    const T* b = (g.b_rows ? g.b_rows[t] : g.b + t * g.b_stride) + v0 * lanes;
     Vec<T> bv[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) bv[v] = load(b + v * lanes);
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
-      const T x = kColumns ? a[i] : a[i * g.a_stride];
+      const T x = kColumns ? a_row[0][t * g.a_stride + i] : a_row[i][t];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) acc[i][v] += bv[v] * x;
     }
-    b += g.b_stride;
-    a += kColumns ? g.a_stride : 1;
   }
-  T* c = g.c + i0 * g.c_stride + v0 * lanes;
 #pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
+    T* c = (g.c_rows ? g.c_rows[i0 + i] : g.c + (i0 + i) * g.c_stride) + v0 * lanes;
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(c + i * g.c_stride + v * lanes, acc[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      if (g.c_factor) acc[i][v] *= g.c_factor[i0 + i];
+      store(c + v * lanes, acc[i][v]);
+    }
   }
 }
 
