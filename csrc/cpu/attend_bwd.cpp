@@ -52,7 +52,8 @@ struct Backward : Block<S, T> {
   T *dq, *dk, *dv;      // [kBlockQueries][Dp], [k_most][Dp], [k_most][Dvp]
   T* dbias;             // laid out like bias
   T* extra = nullptr;   // this segment's
-  T lse[kBlockQueries], dlse[kBlockQueries];
+  // factor: what makes the weights of a query add up to 1. Packed rows of dO take it, else the weights do.
+  T lse[kBlockQueries], dlse[kBlockQueries], factor[kBlockQueries];
 
   explicit Backward(const AttendBwd& params) : Base(params.a), p(params), softmax(a.activation == kSoftmax) {
     this->read_too = p.dout;
@@ -132,6 +133,8 @@ struct Backward : Block<S, T> {
     gemm_columns(to_q, n, now->nk, Dp / kN);
     if (!q_done) write_queries();
     gemm_rows(to_k, now->nk, n, Dp / kN);
+    for (int32_t c = 0; softmax && !dout_in_place && c < n; ++c)
+      scale_row(dout_rows + int64_t(c) * Dvp, factor[c]);
     gemm_rows(to_v, now->nk, n, Dvp / kN);
     return k_done;
   }
@@ -183,10 +186,12 @@ struct Backward : Block<S, T> {
       // Weights that add up to 1 whatever the rounding of lse, which large scores make coarse.
       const Vec<T> inverse = total == Vec<T>{} ? Vec<T>{} : T(1) / total;
       delta = delta * inverse - load(dlse + c);
+      store(factor + c, inverse);
       for (int32_t j = 0; j < nk; ++j) {
         T *x = s + int64_t(j) * kBlockQueries + c, *y = ds + int64_t(j) * kBlockQueries + c;
         const Vec<T> w = load(x) * inverse, g = w * (load(y) - delta);
-        store(x, w), store(y, g);
+        if (dout_in_place) store(x, w);
+        store(y, g);
         if (bias_sum) store(bias_sum + int64_t(j) * stride + c, load(bias_sum + int64_t(j) * stride + c) + g);
       }
       return;
@@ -215,9 +220,11 @@ struct Backward : Block<S, T> {
     }
     const T all = sum_lanes<T>(total), inverse = all == 0 ? T(0) : 1 / all;
     const T delta = sum_lanes<T>(sum) * inverse - dlse[c];
+    factor[c] = inverse;
     for (int32_t j = 0; softmax && j < padded; j += kN) {
       const Vec<T> w = load(column + j) * inverse;
-      store(column + j, w), store(column2 + j, w * (load(column2 + j) - delta));
+      if (dout_in_place) store(column + j, w);
+      store(column2 + j, w * (load(column2 + j) - delta));
     }
     for (int32_t j = 0; j < nk; ++j) {
       s[int64_t(j) * kBlockQueries + c] = column[j], ds[int64_t(j) * kBlockQueries + c] = column2[j];
@@ -225,6 +232,9 @@ struct Backward : Block<S, T> {
     }
   }
 
+  void scale_row(T* x, T by) const {
+    for (int32_t d = 0; d < Dvp; d += kN) store(x + d, load(x + d) * by);
+  }
   static void write_row(const T* from, T factor, S* to, int32_t d) {
     int32_t at = 0;
     for (; at + kN <= d; at += kN) store_as(to + at, load(from + at) * factor);
