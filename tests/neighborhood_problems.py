@@ -1,4 +1,4 @@
-"""The named problems of neighborhood attention: every option, and shapes that once broke an implementation."""
+"""The named problems of neighborhood attention: every option, and shapes that broke an implementation."""
 
 from __future__ import annotations
 
