@@ -17,6 +17,7 @@ namespace py = pybind11;
 namespace vicinal {
 void bind_cpu(py::module_& m);
 void bind_cuda(py::module_& m);
+void bind_sort(py::module_& m);
 }  // namespace vicinal
 
 namespace {
@@ -51,4 +52,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this library was compiled.");
   vicinal::bind_cpu(m);
   vicinal::bind_cuda(m);
+  vicinal::bind_sort(m);
 }
