@@ -19,19 +19,26 @@ struct Rows {
 // One position on one axis of a box. A slot of a box adds up the entries of its axes:
 //   token  = sum of .token   (a row of the tensor; negative: the slot is a pad)
 //   region = sum of .region  (one bit per axis; slots of different regions get mask_value)
-//   code   = sum of .code    (bias index of a pair = code of the query slot + code of the key slot)
+//   code   = sum of .code    (bias index of a pair = code of the query slot + code of the key slot; the codes
+//   of
+//            a key box are distinct, or all 0 where the table has one entry besides those of extra rows)
+//   coord  = sum of .coord   (key slots of a row with ranges: its place in the key box, a bit field per axis)
+// In a row with kRowRanges the key box holds more than each query reads: there `region` and `coord` of a
+// query slot are the first and the last coord that it sees, per field (visible() in pattern.h). Other pairs
+// are excluded, and their bias index may lie outside the table.
 struct AxisEntry {
   int32_t token, region, code, coord;
 };
 
 enum RowFlags : int32_t {
-  kRowRegions = 1,   // slots of this row lie in more than one region
-  kRowKeyPads = 2,   // the key box has pads
-  kRowQueryPads = 4  // the query box has pads
+  kRowRegions = 1,    // slots of this row lie in more than one region
+  kRowKeyPads = 2,    // the key box has pads
+  kRowQueryPads = 4,  // the query box has pads
+  kRowRanges = 8      // queries see parts of the key box; never together with kRowRegions
 };
 
 // Slots are row-major over the three axes, last axis fastest; unused leading axes have extent 1 and
-// begin at entry 0, which is all zero.
+// begin at entry 0, which is all zero. Extents differ between rows.
 struct PlanRow {
   int32_t q_begin[3], q_extent[3];  // into Plan::axes
   int32_t k_begin[3], k_extent[3];
@@ -44,6 +51,7 @@ struct Plan {
   const PlanRow* rows;
   int64_t n_rows;
   int32_t q_slots, k_slots;  // most slots of a row
+  int32_t guard;             // the bit above each field of the ranges; 0: no row has ranges
 };
 
 // Everything but the tensors that are written. Null pointers switch an option off.
@@ -59,14 +67,17 @@ struct Plan {
 // p = 0; their lse is finite or -inf but has no meaning, and dlse is null.
 //
 // dropout: p is multiplied by keep / (1 - dropout_p); keep comes from philox.h at (slot, token of q,
-// b * H_total + h).
+// b * H_total + h), where slot is the key slot, or with drop_by_token the key's token (extra row e: n_k + e),
+// which no choice of tiles changes.
+//
+// Grouped queries: head h reads head h / (heads / kv_heads) of k, v, extra_k and extra_v.
 //
 // A row of q without any finite s gives out 0, lse -inf and zero gradients.
 struct Attend {
   DType dtype;
   Activation activation;
   int64_t batch;
-  int32_t heads, head_dim, head_dim_v;
+  int32_t heads, kv_heads, head_dim, head_dim_v;
   int64_t n_q, n_k;  // tokens
   Rows q, k, v;
   Plan plan;
@@ -84,6 +95,7 @@ struct Attend {
   double dropout_p;
   const int64_t* seed;              // one element, in the memory of the device
   int32_t head_offset, head_total;  // for the dropout counter when heads are a slice
+  int32_t drop_by_token;
 };
 
 struct AttendFwd {
@@ -99,9 +111,14 @@ struct AttendBwd {
   const void* lse;   // as AttendFwd
   const void* dlse;  // same layout, or null
   int64_t lse_stride_n;
-  Rows dq, dk, dv;  // dtype; every token of the plan is written (a key token belongs to at most one row)
-  void* dbias;      // acc [heads, bias_size], overwritten; or null
-  Rows dextra_k, dextra_v;  // acc [B, n_extra, heads, D or Dv], overwritten; null data: not wanted
+  Rows dq, dk, dv;          // dtype; every token of the plan is written
+  void* dbias;              // acc [heads, bias_size], overwritten; or null
+  Rows dextra_k, dextra_v;  // acc [B, n_extra, kv_heads, D or Dv], overwritten; null data: not wanted
+  // Whose rows own dk and dv. No rows: those of a.plan, where a key token belongs to at most one row (then
+  // heads == kv_heads). Otherwise its key boxes partition the keys and its query boxes hold all queries that
+  // read them (none: the gradients are 0); extra keys are no part of it, and it has no mask, no pads and no
+  // other scales than `scale`. dq, dbias and dextra still follow a.plan.
+  Plan key_plan;
 };
 
 // CPU: 0 on success. CUDA: a cudaError_t; workspace as asked for by attend_bwd_workspace.

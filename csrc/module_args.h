@@ -2,14 +2,15 @@
 // in place; a pointer is an int (0: null), `Rows` is (data, stride_b, stride_n, stride_h). Every tuple starts
 // with an Attend:
 //
-//   dtype activation batch heads head_dim head_dim_v n_q n_k
+//   dtype activation batch heads kv_heads head_dim head_dim_v n_q n_k
 //   q[4] k[4] v[4]
-//   axes rows n_rows q_slots k_slots
+//   plan: axes rows n_rows q_slots k_slots guard
 //   scale mask_value bias bias_size q_scale k_scale scale_stride_n key_bias mask mask_count mask_stride_w
-//   mask_stride_h extra_k[4] extra_v[4] n_extra edge_row dropout_p seed head_offset head_total
+//   mask_stride_h extra_k[4] extra_v[4] n_extra edge_row dropout_p seed head_offset head_total drop_by_token
 //
 //   forward, then:  out[4] lse lse_stride_n
 //   backward, then: out[4] dout[4] lse dlse lse_stride_n dq[4] dk[4] dv[4] dbias dextra_k[4] dextra_v[4]
+//                  key_plan[6]
 //
 // and ends with what the launcher takes besides (cpu: threads; cuda: workspace of a backward, stream).
 #pragma once
@@ -65,15 +66,22 @@ class TupleReader {
   Py_ssize_t size_, at_ = 0;
 };
 
+inline Plan read_plan(TupleReader& t) {
+  Plan plan;
+  plan.axes = static_cast<const AxisEntry*>(t.pointer());
+  plan.rows = static_cast<const PlanRow*>(t.pointer());
+  plan.n_rows = t.integer(), plan.q_slots = t.small(), plan.k_slots = t.small(), plan.guard = t.small();
+  return plan;
+}
+
 inline Attend read_attend(TupleReader& t) {
   Attend a;
   a.dtype = static_cast<DType>(t.small()), a.activation = static_cast<Activation>(t.small());
-  a.batch = t.integer(), a.heads = t.small(), a.head_dim = t.small(), a.head_dim_v = t.small();
+  a.batch = t.integer(), a.heads = t.small(), a.kv_heads = t.small(), a.head_dim = t.small(),
+  a.head_dim_v = t.small();
   a.n_q = t.integer(), a.n_k = t.integer();
   a.q = t.rows(), a.k = t.rows(), a.v = t.rows();
-  a.plan.axes = static_cast<const AxisEntry*>(t.pointer());
-  a.plan.rows = static_cast<const PlanRow*>(t.pointer());
-  a.plan.n_rows = t.integer(), a.plan.q_slots = t.small(), a.plan.k_slots = t.small();
+  a.plan = read_plan(t);
   a.scale = t.real(), a.mask_value = t.real();
   a.bias = t.pointer(), a.bias_size = t.integer();
   a.q_scale = t.pointer(), a.k_scale = t.pointer(), a.scale_stride_n = t.integer();
@@ -82,7 +90,7 @@ inline Attend read_attend(TupleReader& t) {
   a.mask_stride_h = t.integer();
   a.extra_k = t.rows(), a.extra_v = t.rows(), a.n_extra = t.small(), a.edge_row = t.small();
   a.dropout_p = t.real(), a.seed = static_cast<const int64_t*>(t.pointer());
-  a.head_offset = t.small(), a.head_total = t.small();
+  a.head_offset = t.small(), a.head_total = t.small(), a.drop_by_token = t.small();
   return a;
 }
 
@@ -102,6 +110,7 @@ inline AttendBwd read_attend_bwd(TupleReader& t) {
   p.dq = t.rows(), p.dk = t.rows(), p.dv = t.rows();
   p.dbias = t.pointer();
   p.dextra_k = t.rows(), p.dextra_v = t.rows();
+  p.key_plan = read_plan(t);
   return p;
 }
 

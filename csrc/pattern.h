@@ -7,6 +7,11 @@ namespace vicinal {
 
 VICINAL_HD int32_t bias_index(int32_t q_code, int32_t k_code) { return q_code + k_code; }
 VICINAL_HD bool crosses(int32_t q_region, int32_t k_region) { return q_region != k_region; }
+// Whether a coord lies between the first and the last one on every axis: a borrow on a field's way clears its
+// guard bit.
+VICINAL_HD bool visible(int32_t first, int32_t last, int32_t coord, int32_t guard) {
+  return (((coord | guard) - first) & ((last | guard) - coord) & guard) == guard;
+}
 
 // The entry of slot `slot` of a box: the sum over its axes.
 VICINAL_HD AxisEntry slot_entry(const AxisEntry* axes, const int32_t begin[3], const int32_t extent[3],

@@ -15,7 +15,7 @@ class AttendCall:
     """The fields of csrc/attend.h as tensors: q [B, Nq, H, D], k [B, Nk, H, D], v [B, Nk, H, Dv] with D
     contiguous; bias acc [H, T]; q_scale, k_scale acc [B, N, H]; extra_k, extra_v [B, E, H, D]; key_bias acc
     [B, Nk]; mask acc [M, 1 or H, q_slots, k_slots]; seed int64 [1]; out [B, Nq, H, Dv]; lse acc [B, Nq,
-    H]."""
+    H]. Grouped queries: k and v have fewer heads than q. drop_by_token: what the dropout counter counts."""
 
     plan: Plan
     q: Tensor
@@ -38,6 +38,7 @@ class AttendCall:
     head_total: int
     out: Tensor
     lse: Tensor
+    drop_by_token: bool = False
 
 
 @dataclass(slots=True)
@@ -96,6 +97,7 @@ def slice_call(call: AttendCall, plan: Plan, first: int, last: int) -> AttendCal
         head_total=call.head_total,
         out=call.out[:, :, first:last],
         lse=call.lse[:, :, first:last],
+        drop_by_token=call.drop_by_token,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import _backends, _cuda
 from ._attend import AttendCall, AttendGrads
 from ._backends import _C, Row
+from .plan import Plan
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -18,6 +19,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 ACTIVATION_CODES = {"softmax": 0, "relu2": 1, "relu": 2, "none": 3}
 _NO_ROWS = (0, 0, 0, 0)
+_NO_PLAN = (0, 0, 0, 0, 0, 0)
 
 
 def _rows(x: Tensor | None) -> tuple[int, int, int, int]:
@@ -32,6 +34,13 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _plan(plan: Plan | None) -> tuple[int, ...]:
+    if plan is None:
+        return _NO_PLAN
+    sizes = (plan.n_rows, plan.q_slots, plan.k_slots, plan.guard)
+    return (plan.axes.data_ptr(), plan.rows.data_ptr(), *sizes)
+
+
 def _problem_arguments(call: AttendCall) -> tuple[int | float, ...]:
     """struct Attend of csrc/attend.h, flat, in the order of csrc/module_args.h."""
     q, v, plan, mask, extra = call.q, call.v, call.plan, call.mask, call.extra_k
@@ -43,13 +52,14 @@ def _problem_arguments(call: AttendCall) -> tuple[int | float, ...]:
         masks = (mask.data_ptr(), mask.shape[0], mask.stride(0), mask.stride(1) if mask.shape[1] > 1 else 0)
     return (
         *(DTYPE_CODES[q.dtype], ACTIVATION_CODES[call.activation]),
-        *(batch, heads, dim, v.shape[-1], n_q, v.shape[1]),
+        *(batch, heads, v.shape[2], dim, v.shape[-1], n_q, v.shape[1]),
         *(*_rows(q), *_rows(call.k), *_rows(v)),
-        *(plan.axes.data_ptr(), plan.rows.data_ptr(), plan.n_rows, plan.q_slots, plan.k_slots),
+        *_plan(plan),
         *(call.scale, call.mask_value, _pointer(call.bias), bias_size),
         *(_pointer(call.q_scale), _pointer(call.k_scale), scale_stride, _pointer(call.key_bias), *masks),
         *(*_rows(extra), *_rows(call.extra_v), 0 if extra is None else extra.shape[1], call.edge_row),
         *(call.dropout_p, _pointer(call.seed), call.head_offset, call.head_total),
+        int(call.drop_by_token),
     )
 
 
@@ -64,6 +74,7 @@ def _backward_arguments(call: AttendCall, grads: AttendGrads) -> tuple[int | flo
         *(call.lse.data_ptr(), _pointer(grads.dlse), call.lse.stride(1)),
         *(*_rows(grads.dq), *_rows(grads.dk), *_rows(grads.dv)),
         *(_pointer(grads.dbias), *_rows(grads.dextra_k), *_rows(grads.dextra_v)),
+        *_plan(call.plan.key_plan),
     )
 
 

@@ -13,3 +13,9 @@ def bias_index(q_code, k_code):
 def crosses(q_region, k_region):
     """True where a pair of slots lies in different shift regions."""
     return q_region != k_region
+
+
+def visible(first, last, coord, guard):
+    """True where every field of coord lies between those of first and last; guard: the bit above each
+    field."""
+    return (((coord | guard) - first) & ((last | guard) - coord) & guard) == guard

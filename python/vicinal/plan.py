@@ -17,14 +17,15 @@ from torch import Tensor
 
 PAD = -(2**29)
 MAX_TOKENS = 2**29 - 1
-ROW_REGIONS, ROW_KEY_PADS, ROW_QUERY_PADS = 1, 2, 4
+ROW_REGIONS, ROW_KEY_PADS, ROW_QUERY_PADS, ROW_RANGES = 1, 2, 4, 8
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """axes int32 [A, 4]: (token, region, code, coord); rows int32 [R, 16]: q_begin[3] q_extent[3] k_begin[3]
     k_extent[3] flags reserved[3]. `flags` is the union of the rows' flags, `overlap` says that key boxes
-    share tokens."""
+    share tokens and have no key_plan. `guard`: the bit above each field of the ranges, 0 without ranges.
+    `key_plan`: its rows own the gradients of the keys; None: the rows of this plan do."""
 
     axes: Tensor
     rows: Tensor
@@ -34,6 +35,8 @@ class Plan:
     flags: int
     overlap: bool
     n_k: int
+    guard: int = 0
+    key_plan: Plan | None = None
 
 
 class AxisWindows(NamedTuple):
@@ -208,7 +211,8 @@ def window_plan(
 
 
 def _union(flags: Tensor) -> int:
-    return sum(bit for bit in (ROW_REGIONS, ROW_KEY_PADS, ROW_QUERY_PADS) if bool((flags & bit).any()))
+    bits = (ROW_REGIONS, ROW_KEY_PADS, ROW_QUERY_PADS, ROW_RANGES)
+    return sum(bit for bit in bits if bool((flags & bit).any()))
 
 
 def _product_rows(per_axis: list[Tensor], rank: int) -> Tensor:
