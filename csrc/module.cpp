@@ -16,7 +16,11 @@ namespace py = pybind11;
 
 namespace vicinal {
 void bind_cpu(py::module_& m);
+void bind_hash(py::module_& m);
+void bind_joint(py::module_& m);
 void bind_cuda(py::module_& m);
+void bind_sort(py::module_& m);
+void bind_linear(py::module_& m);
 }  // namespace vicinal
 
 namespace {
@@ -50,5 +54,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vicinal.";
   m.def("build_info", &build_info, "How this library was compiled.");
   vicinal::bind_cpu(m);
+  vicinal::bind_hash(m);
+  vicinal::bind_joint(m);
   vicinal::bind_cuda(m);
+  vicinal::bind_sort(m);
+  vicinal::bind_linear(m);
 }

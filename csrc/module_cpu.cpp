@@ -5,31 +5,13 @@
 
 #include "cpu/dispatch.h"
 #include "module_args.h"
+#include "module_launch.h"
 #include "pattern.h"
 
 namespace py = pybind11;
 
 namespace vicinal {
 namespace {
-
-// Plain C functions: pybind11's own calls would take longer than reading the whole tuple.
-template <class Params, Params (*kRead)(TupleReader&), void (*kLaunch)(const Params&, int)>
-PyObject* launch(PyObject*, PyObject* arguments) {
-  TupleReader t(arguments);
-  const Params p = kRead(t);
-  const int threads = t.small();
-  if (!t.ok()) return nullptr;
-  try {
-    cpu::isa();  // a wrong VICINAL_CPU_ISA throws here, with the lock held
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-  Py_BEGIN_ALLOW_THREADS;
-  kLaunch(p, threads);
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
-}
 
 // A launch whose tensors have the same shapes and strides as an earlier one: the bytes of its struct, and the
 // pointers that differ.
@@ -121,6 +103,7 @@ void bind_cpu(py::module_& m) {
   m.def("slot_entries", &slot_entries, py::arg("axes"), py::arg("begin"), py::arg("extent"));
   m.def("bias_index", &bias_index);
   m.def("crosses", &crosses);
+  m.def("visible", &visible);
   m.def("philox", &philox_words);
   m.def("dropout_threshold", &dropout_threshold);
 }

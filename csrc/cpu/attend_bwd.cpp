@@ -39,21 +39,28 @@ template <class S, class T>
 struct Backward : Block<S, T> {
   using Base = Block<S, T>;
   using Base::a, Base::D, Base::Dv, Base::Dp, Base::Dvp, Base::kN, Base::now, Base::n, Base::q0, Base::s,
-      Base::column, Base::k, Base::v, Base::q, Base::q_rows, Base::vectors;
+      Base::column, Base::here, Base::k, Base::v, Base::q, Base::q_rows, Base::vectors;
+  static constexpr bool kSame = std::is_same_v<S, T>;
+
   const AttendBwd& p;
   const bool softmax;
+  bool q_in_place, dout_in_place;
+  T q_factor[kBlockQueries], *k_factor;  // what rows of dq and dk are multiplied by
   T *dout, *dout_rows;  // dO^T [Dv][kBlockQueries] and rows [kBlockQueries][Dvp]
   T* ds;                // dP, then dS, laid out like s
   T* column2;           // k_most elements
   T *dq, *dk, *dv;      // [kBlockQueries][Dp], [k_most][Dp], [k_most][Dvp]
   T* dbias;             // laid out like bias
   T* extra = nullptr;   // this segment's
-  T lse[kBlockQueries], dlse[kBlockQueries],
-      factor[kBlockQueries];  // factor: what makes the weights add up to 1
+  // factor: what makes the weights of a query add up to 1. Packed rows of dO take it, else the weights do.
+  T lse[kBlockQueries], dlse[kBlockQueries], factor[kBlockQueries];
 
   explicit Backward(const AttendBwd& params) : Base(params.a), p(params), softmax(a.activation == kSoftmax) {
     this->read_too = p.dout;
     this->write_q = p.dq, this->write_k = p.dk, this->write_v = p.dv;
+    const bool one_block = kSame && a.plan.q_slots <= kBlockQueries;  // several would read rows again and again
+    this->k_in_place = one_block && !a.k_scale && D % kN == 0, this->v_in_place = one_block;
+    q_in_place = one_block && !a.q_scale && D % kN == 0, dout_in_place = one_block && Dv % kN == 0;
   }
   void carve(cpu::Arena& arena, int32_t group_heads) {
     Base::carve(arena, group_heads);
@@ -62,6 +69,7 @@ struct Backward : Block<S, T> {
     ds = arena.take<T>(this->k_most * kBlockQueries), column2 = arena.take<T>(this->k_most);
     dq = arena.take<T>(int64_t(kBlockQueries) * Dp);
     dk = arena.take<T>(this->k_most * Dp), dv = arena.take<T>(this->k_most * Dvp);
+    k_factor = arena.take<T>(this->k_most);
     dbias = p.dbias ? arena.take<T>(this->bias_stride() * group_heads) : nullptr;
   }
 
@@ -73,25 +81,30 @@ struct Backward : Block<S, T> {
     const int32_t blocks = (now->nq + kBlockQueries - 1) / kBlockQueries;
     const int32_t size = round_up((now->nq + blocks - 1) / blocks, kN);
     for (int32_t h = h0; h < h1; ++h) {
+      this->open(h);
       this->pack_keys(h);
+      find_key_factors(h);
       this->look_ahead(h, h0, h1, blocks * (4 * ((now->nk + 7) / 8) + (size + 11) / 12));
+      bool keys_done = false;
       for (int32_t begin = 0; begin < now->nq; begin += size) {
         this->set_block(begin, now->nq - begin < size ? now->nq - begin : size);
-        block(h);
+        keys_done = block(h);
       }
-      write_keys(h);
+      if (!keys_done) write_keys(h);
     }
   }
 
-  void block(int32_t h) {
-    this->pack_queries(a.q, h, D, Dp, T(a.scale), this->q_scales(h), this->unit, q, q_rows, true);
-    this->scores(h, this->unit);
-    this->pack_queries(p.dout, h, Dv, Dvp, T(1), nullptr, T(1), dout, dout_rows, true);
-    gemm_rows(Gemm<T>{v, Dvp, dout, kBlockQueries, nullptr, 0, ds, kBlockQueries, &this->ahead}, now->nk, Dv,
-              vectors);
+  // True if the gradients of the keys are where they belong: a single block of one dtype writes them at once.
+  bool block(int32_t h) {
+    this->pack_queries(here->q, D, Dp, T(a.scale), this->q_scales(h), this->unit, q, q_rows, !q_in_place);
+    this->scores(h, q_in_place ? T(1) : this->unit);
+    this->pack_queries(here->dout, Dv, Dvp, T(1), nullptr, T(1), dout, dout_rows, !dout_in_place);
+    const Ahead* ahead = &this->ahead;
+    gemm_rows(Gemm<T>{v, Dvp, dout, kBlockQueries, nullptr, 0, ds, kBlockQueries, ahead, this->v_rows},
+              now->nk, Dv, vectors);
     for (int32_t u = 0; u < this->tails; ++u) {
       const int32_t c = this->column_of_tail(u);
-      this->dots(v, Dvp, dout_rows + int64_t(c) * Dvp, T(1), ds + c);
+      this->dots(this->v_rows, v, Dv, dout_rows + int64_t(c) * Dvp, T(1), ds + c);
     }
     if (a.dropout_p > 0) this->drop(h, ds);
     load_sums(h);
@@ -99,13 +112,48 @@ struct Backward : Block<S, T> {
     for (int32_t c = 0; c < vectors * kN; c += kN) gradients(c, bias_sum);
     for (int32_t u = 0; u < this->tails; ++u) tail_gradients(this->column_of_tail(u), bias_sum);
     if (a.dropout_p > 0) this->drop(h, s);
+    return products(h);
+  }
+  // dq, dk and dv from s and ds.
+  bool products(int32_t h) {
+    find_query_factors(h);
     const Ahead* ahead = &this->ahead;
-    gemm_columns(Gemm<T>{ds, kBlockQueries, k, Dp, nullptr, 0, dq, Dp, ahead}, n, now->nk, Dp / kN);
-    write_queries(h);
-    for (int32_t c = 0; softmax && c < n; ++c) scale_row(dout_rows + int64_t(c) * Dvp, factor[c]);
-    const T *dk_init = q0 ? dk : nullptr, *dv_init = q0 ? dv : nullptr;
-    gemm_rows(Gemm<T>{ds, kBlockQueries, q_rows, Dp, dk_init, Dp, dk, Dp, ahead}, now->nk, n, Dp / kN);
-    gemm_rows(Gemm<T>{s, kBlockQueries, dout_rows, Dvp, dv_init, Dvp, dv, Dvp, ahead}, now->nk, n, Dvp / kN);
+    Gemm<T> to_q{ds, kBlockQueries, k, Dp, nullptr, 0, dq, Dp, ahead, nullptr, this->k_rows};
+    Gemm<T> to_k{ds, kBlockQueries, q_rows, Dp, q0 ? dk : nullptr, Dp, dk, Dp, ahead};
+    Gemm<T> to_v{s, kBlockQueries, dout_rows, Dvp, q0 ? dv : nullptr, Dvp, dv, Dvp, ahead};
+    bool q_done = false, k_done = false;
+    if constexpr (kSame) {
+      if (q_in_place) to_k.b_rows = here->q + q0;
+      if (dout_in_place) to_v.b_rows = here->dout + q0;
+      q_done = D % kN == 0 && !now->q_pads;
+      if (q_done) to_q.c_rows = here->to_q + q0, to_q.c_factor = q_factor;
+      k_done = D % kN == 0 && Dv % kN == 0 && !now->k_special && n == now->nq;
+      if (k_done) to_k.c_rows = here->to_k, to_k.c_factor = k_factor, to_v.c_rows = here->to_v;
+    }
+    gemm_columns(to_q, n, now->nk, Dp / kN);
+    if (!q_done) write_queries();
+    gemm_rows(to_k, now->nk, n, Dp / kN);
+    for (int32_t c = 0; softmax && !dout_in_place && c < n; ++c)
+      scale_row(dout_rows + int64_t(c) * Dvp, factor[c]);
+    gemm_rows(to_v, now->nk, n, Dvp / kN);
+    return k_done;
+  }
+  void find_query_factors(int32_t h) {
+    const T* scales = this->q_scales(h);
+    for (int32_t c = 0; c < n; ++c) {
+      const int32_t token = now->q_token[q0 + c];
+      q_factor[c] = T(a.scale) * (scales && token >= 0 ? scales[token * a.scale_stride_n] : T(1));
+    }
+  }
+  // The rows that dk is made of have the scale in them when they are packed.
+  void find_key_factors(int32_t h) {
+    const T* scales =
+        a.k_scale ? static_cast<const T*>(a.k_scale) + now->b * a.n_k * a.scale_stride_n + h : nullptr;
+    for (int32_t j = 0; j < now->nk; ++j) {
+      const int32_t token = now->k_token[j];
+      k_factor[j] = (q_in_place ? T(a.scale) : T(1)) *
+                    (scales && token >= 0 ? scales[token * a.scale_stride_n] : T(1));
+    }
   }
 
   // lse (in units of the scores) and dlse of the block; queries without a key, and pads, get weights 0.
@@ -140,8 +188,9 @@ struct Backward : Block<S, T> {
       delta = delta * inverse - load(dlse + c);
       store(factor + c, inverse);
       for (int32_t j = 0; j < nk; ++j) {
-        T* y = ds + int64_t(j) * kBlockQueries + c;
-        const Vec<T> g = load(s + int64_t(j) * kBlockQueries + c) * inverse * (load(y) - delta);
+        T *x = s + int64_t(j) * kBlockQueries + c, *y = ds + int64_t(j) * kBlockQueries + c;
+        const Vec<T> w = load(x) * inverse, g = w * (load(y) - delta);
+        if (dout_in_place) store(x, w);
         store(y, g);
         if (bias_sum) store(bias_sum + int64_t(j) * stride + c, load(bias_sum + int64_t(j) * stride + c) + g);
       }
@@ -173,7 +222,9 @@ struct Backward : Block<S, T> {
     const T delta = sum_lanes<T>(sum) * inverse - dlse[c];
     factor[c] = inverse;
     for (int32_t j = 0; softmax && j < padded; j += kN) {
-      store(column2 + j, load(column + j) * inverse * (load(column2 + j) - delta));
+      const Vec<T> w = load(column + j) * inverse;
+      if (dout_in_place) store(column + j, w);
+      store(column2 + j, w * (load(column2 + j) - delta));
     }
     for (int32_t j = 0; j < nk; ++j) {
       s[int64_t(j) * kBlockQueries + c] = column[j], ds[int64_t(j) * kBlockQueries + c] = column2[j];
@@ -189,27 +240,21 @@ struct Backward : Block<S, T> {
     for (; at + kN <= d; at += kN) store_as(to + at, load(from + at) * factor);
     if (at < d) store_part<T>(to + at, load(from + at) * factor, d - at);
   }
-  [[gnu::noinline]] void write_queries(int32_t h) {
-    const T* scales = this->q_scales(h);
+  [[gnu::noinline]] void write_queries() {
     for (int32_t c = 0; c < n; ++c) {
-      const int32_t token = now->q_token[q0 + c];
-      if (token < 0) continue;
-      const T factor = T(a.scale) * (scales ? scales[token * a.scale_stride_n] : T(1));
-      write_row(dq + int64_t(c) * Dp, factor, row_of<S>(p.dq, now->b, token, h), D);
+      S* to = here->to_q[q0 + c];
+      if (to) write_row(dq + int64_t(c) * Dp, q_factor[c], to, D);
     }
   }
   [[gnu::noinline]] void write_keys(int32_t h) {
-    const T* scales =
-        a.k_scale ? static_cast<const T*>(a.k_scale) + now->b * a.n_k * a.scale_stride_n + h : nullptr;
     for (int32_t j = 0; j < now->nk; ++j) {
-      const int32_t token = now->k_token[j], source = now->k_source[j];
-      if (token >= 0) {
-        const T factor = scales ? scales[token * a.scale_stride_n] : T(1);
-        write_row(dk + int64_t(j) * Dp, factor, row_of<S>(p.dk, now->b, token, h), D);
-        write_row(dv + int64_t(j) * Dvp, T(1), row_of<S>(p.dv, now->b, token, h), Dv);
+      const int32_t source = now->k_source[j];
+      if (now->k_token[j] >= 0) {
+        write_row(dk + int64_t(j) * Dp, k_factor[j], here->to_k[j], D);
+        write_row(dv + int64_t(j) * Dvp, T(1), here->to_v[j], Dv);
       } else if (extra && source <= Slots<T>::kExtra) {
         T* sum = extra + (int64_t(Slots<T>::kExtra - source) * a.heads + h) * (D + Dv);
-        for (int32_t d = 0; d < D; ++d) sum[d] += dk[int64_t(j) * Dp + d];
+        for (int32_t d = 0; d < D; ++d) sum[d] += dk[int64_t(j) * Dp + d] * k_factor[j];
         for (int32_t d = 0; d < Dv; ++d) sum[D + d] += dv[int64_t(j) * Dvp + d];
       }
     }

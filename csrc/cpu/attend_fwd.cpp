@@ -13,19 +13,27 @@
 #include "weights.h"
 
 namespace vicinal::VICINAL_ISA {
+
+void attend_ranges_fwd(const AttendFwd& p, int threads);
+
 namespace {
 
 template <class S, class T>
 struct Forward : Block<S, T> {
   using Base = Block<S, T>;
   using Base::a, Base::D, Base::Dv, Base::Dp, Base::Dvp, Base::kN, Base::now, Base::n, Base::q0, Base::s,
-      Base::column;
+      Base::column, Base::here;
   const AttendFwd& p;
   T* o;  // [kBlockQueries][Dvp]
   T top[kBlockQueries], sum[kBlockQueries],
       inverse[kBlockQueries];  // per query: maximum, sum of exp, 1 / sum
 
-  explicit Forward(const AttendFwd& params) : Base(params.a), p(params) { this->write_q = p.out; }
+  static constexpr bool kSame = std::is_same_v<S, T>;
+
+  explicit Forward(const AttendFwd& params) : Base(params.a), p(params) {
+    this->write_q = p.out;
+    this->k_in_place = kSame && !a.k_scale, this->v_in_place = kSame && Dv % kN == 0;
+  }
 
   void carve(cpu::Arena& arena, int32_t group_heads) {
     Base::carve(arena, group_heads);
@@ -37,6 +45,7 @@ struct Forward : Block<S, T> {
     const int32_t blocks = (now->nq + kBlockQueries - 1) / kBlockQueries;
     const int32_t size = round_up((now->nq + blocks - 1) / blocks, kN);
     for (int32_t h = h0; h < h1; ++h) {
+      this->open(h);
       this->pack_keys(h);
       this->look_ahead(h, h0, h1, blocks * ((now->nk + 7) / 8 + (size + 11) / 12));
       for (int32_t begin = 0; begin < now->nq; begin += size) {
@@ -47,16 +56,22 @@ struct Forward : Block<S, T> {
   }
 
   void block(int32_t h) {
-    this->pack_queries(a.q, h, D, Dp, T(a.scale), this->q_scales(h), this->unit, this->q, this->q_rows,
+    this->pack_queries(here->q, D, Dp, T(a.scale), this->q_scales(h), this->unit, this->q, this->q_rows,
                        false);
     this->scores(h, T(1));
     for (int32_t c = 0; c < this->vectors * kN; c += kN) weights(c);
     for (int32_t u = 0; u < this->tails; ++u) tail_weights(this->column_of_tail(u));
     finish_sums(h);
     if (a.dropout_p > 0) this->drop(h, s);
-    gemm_columns(Gemm<T>{s, kBlockQueries, this->v, Dvp, nullptr, 0, o, Dvp, &this->ahead}, n, now->nk,
-                 Dvp / kN);
-    write(h);
+    Gemm<T> product{s, kBlockQueries, this->v, Dvp, nullptr, 0, o, Dvp, &this->ahead, nullptr, this->v_rows};
+    bool direct = false;
+    if constexpr (kSame) {
+      direct = Dv % kN == 0 && !now->q_pads;
+      if (direct) product.c_rows = here->to_q + q0;
+      if (direct && a.activation == kSoftmax) product.c_factor = inverse;
+    }
+    gemm_columns(product, n, now->nk, Dvp / kN);
+    if (!direct) write();
   }
 
   // A vector of queries: weights in place, top and sum at c.
@@ -128,14 +143,13 @@ struct Forward : Block<S, T> {
       if (token >= 0) static_cast<T*>(p.lse)[(now->b * a.n_q + token) * p.lse_stride_n + h] = lse[c];
     }
   }
-  [[gnu::noinline]] void write(int32_t h) {
+  [[gnu::noinline]] void write() {
     const bool softmax = a.activation == kSoftmax;
     for (int32_t c = 0; c < n; ++c) {
-      const int32_t token = now->q_token[q0 + c];
-      if (token < 0) continue;
+      S* to = here->to_q[q0 + c];
+      if (!to) continue;
       const T factor = softmax ? inverse[c] : T(1);
       const T* from = o + int64_t(c) * Dvp;
-      S* to = row_of<S>(p.out, now->b, token, h);
       int32_t d = 0;
       for (; d + kN <= Dv; d += kN) store_as(to + d, load(from + d) * factor);
       if (d < Dv) store_part<T>(to + d, load(from + d) * factor, Dv - d);
@@ -173,6 +187,7 @@ void run(const AttendFwd& p, int threads) {
 }  // namespace
 
 void attend_fwd(const AttendFwd& p, int threads) {
+  if (p.a.plan.guard) return attend_ranges_fwd(p, threads);
   switch (p.a.dtype) {
     case kF32:
       return run<float, float>(p, threads);

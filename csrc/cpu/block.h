@@ -6,8 +6,8 @@
 // vector badly (49 = 3 * 16 + 1) are "tails": their scores come from dot products with lanes = head
 // dimension.
 #pragma once
+#include "addresses.h"
 #include "gemm.h"
-#include "memory.h"
 #include "pattern.h"
 
 namespace vicinal::VICINAL_ISA {
@@ -19,7 +19,7 @@ template <class T>
 struct Slots {
   int64_t b = -1, row = -1;
   int32_t nq, nk, box;  // box: key slots without the extra keys
-  bool regions, key_terms;
+  bool regions, key_terms, q_pads, k_special;  // k_special: a key slot that has no token, or is excluded
   int32_t *q_token, *q_code, *k_code;
   int32_t* k_source;  // token; kExcluded; or kExtra - e for extra row e
   int32_t* k_token;   // token, of excluded keys too; negative: pad or extra key
@@ -60,9 +60,11 @@ void Slots<T>::set(const Attend& a, int64_t batch, int64_t index) {
   const PlanRow& r = a.plan.rows[index];
   const T unit = a.activation == kSoftmax ? T(kLog2E) : T(1), infinite = T(__builtin_inf());
   const T* key_bias = a.key_bias ? static_cast<const T*>(a.key_bias) + batch * a.n_k : nullptr;
+  q_pads = k_special = false;
   nq = visit_box(a.plan.axes, r.q_begin, r.q_extent,
                  [&](int32_t i, int32_t token, int32_t region, int32_t code) {
                    q_token[i] = token, q_code[i] = code, q_region[i] = T(region);
+                   q_pads = q_pads || token < 0;
                  });
   bool terms = key_bias != nullptr;
   box = visit_box(
@@ -76,8 +78,10 @@ void Slots<T>::set(const Attend& a, int64_t batch, int64_t index) {
           k_term[j] = key_bias[token] * unit;
           if (k_term[j] == -infinite) k_source[j] = kExcluded;
         }
+        k_special = k_special || k_source[j] < 0;
       });
   nk = box + a.n_extra - a.edge_row;
+  k_special = k_special || nk > box;
   for (int32_t j = box; j < nk; ++j)
     k_source[j] = kExtra - (a.edge_row + j - box), k_token[j] = -1, k_code[j] = 0, k_term[j] = 0;
   regions = (r.flags & kRowRegions) != 0;
@@ -96,6 +100,7 @@ struct Block {
 
   const Attend& a;
   const int32_t D, Dv, Dp, Dvp;  // the head dimensions, and rounded up to whole vectors
+  const int32_t group;           // query heads per key head
   int64_t k_most, q_most;        // slots, rounded up to whole vectors
   T unit;                        // scores are kept in units of log 2 for the softmax
   Slots<T> slots[2];
@@ -103,6 +108,7 @@ struct Block {
   Slots<T>* next = &slots[1];  // the row after it, whose tokens are prefetched
   const S* zeros;
   T *k, *v;   // packed keys [k_most][Dp] (times k_scale), values [k_most][Dvp]
+  const T *const *k_rows, *const *v_rows;  // or null: in place, instead of packed
   T* q;       // Q^T [D][kBlockQueries], times scale
   T* q_rows;  // the same queries as rows [kBlockQueries][Dp]; only the tails' unless all rows are wanted
   T* s;       // scores [k_most][kBlockQueries]
@@ -111,10 +117,13 @@ struct Block {
   T* bias;    // expanded bias [group heads][k_most][q_most]
   int32_t *bias_q_code, *bias_k_code;  // what it was expanded for
   int32_t bias_nq, bias_nk, bias_box, bias_heads_begin, bias_heads_end;
-  const Slots<T>* ahead_slots;
-  Rows read_too{};                       // dO: prefetched like Q
-  Rows write_q{}, write_k{}, write_v{};  // what `now` will store
-  int32_t head, ahead_head, ahead_at, ahead_end, ahead_step;
+  Addresses<S> addresses[2];
+  Addresses<S>* here = &addresses[0];    // of `now` and the head at work
+  Addresses<S>* there = &addresses[1];   // of what comes after it and is prefetched
+  Rows read_too{};                       // dO
+  Rows write_q{}, write_k{}, write_v{};  // what will be stored
+  bool k_in_place = false, v_in_place = false;
+  int32_t ahead_at, ahead_end, ahead_step;
   const Ahead ahead{&Block::step_ahead, this};
   // The block at work.
   int32_t q0, n, vectors,
@@ -126,6 +135,7 @@ struct Block {
         Dv(attend.head_dim_v),
         Dp(round_up(attend.head_dim, kN)),
         Dvp(round_up(attend.head_dim_v, kN)),
+        group(attend.heads / attend.kv_heads),
         k_most(round_up(attend.plan.k_slots + attend.n_extra - attend.edge_row, kN)),
         q_most(round_up(attend.plan.q_slots, kN)),
         unit(attend.activation == kSoftmax ? T(kLog2E) : T(1)) {}
@@ -134,6 +144,7 @@ struct Block {
 
   void carve(cpu::Arena& arena, int32_t group_heads) {
     for (Slots<T>& x : slots) x.carve(arena, q_most, k_most);
+    for (Addresses<S>& x : addresses) x.carve(arena, q_most, k_most, write_k.data != nullptr);
     const int32_t widest = D > Dv ? D : Dv;
     zeros = arena.take<S>(widest);
     k = arena.take<T>(k_most * Dp), v = arena.take<T>(k_most * Dvp);
@@ -188,50 +199,56 @@ struct Block {
   const T* bias_of(int32_t h) const { return bias ? bias + (h - bias_heads_begin) * bias_stride() : nullptr; }
 
   const S* key_row(const Slots<T>& x, const Rows& t, const Rows& extra, int32_t h, int32_t j) const {
-    const int32_t source = x.k_source[j];
-    if (source >= 0) return row_of<S>(t, x.b, source, h);
-    return source == Slots<T>::kExcluded ? zeros : row_of<S>(extra, x.b, Slots<T>::kExtra - source, h);
+    const int32_t source = x.k_source[j], kv = h / group;
+    if (source >= 0) return row_of<S>(t, x.b, source, kv);
+    return source == Slots<T>::kExcluded ? zeros : row_of<S>(extra, x.b, Slots<T>::kExtra - source, kv);
   }
-  const S* query_row(const Slots<T>& x, const Rows& t, int32_t h, int32_t i) const {
-    return x.q_token[i] < 0 ? zeros : row_of<S>(t, x.b, x.q_token[i], h);
-  }
-  template <int kWrite>
-  static void prefetch(const S* row, int32_t d) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(row),
-                    end = begin + sizeof(S) * static_cast<uint32_t>(d);
-    for (uintptr_t at = begin & ~uintptr_t(63); at < end; at += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(at), kWrite, 3);
+  [[gnu::noinline]] void locate(const Slots<T>& x, int32_t h, Addresses<S>& to) const {
+    to.b = x.b, to.row = x.row, to.h = h, to.nq = x.nq, to.nk = x.nk;
+    locate_rows<S>(a.q, x.b, h, x.q_token, x.nq, to.q);
+    if (to.dout) locate_rows<S>(read_too, x.b, h, x.q_token, x.nq, to.dout);
+    locate_rows<S>(write_q, x.b, h, x.q_token, x.nq, to.to_q);
+    for (int32_t i = 0; x.q_pads && i < x.nq; ++i) {
+      if (x.q_token[i] >= 0) continue;
+      to.q[i] = zeros, to.to_q[i] = nullptr;
+      if (to.dout) to.dout[i] = zeros;
     }
+    locate_rows<S>(a.k, x.b, h, x.k_source, x.nk, to.k);
+    locate_rows<S>(a.v, x.b, h, x.k_source, x.nk, to.v);
+    if (to.to_k) locate_rows<S>(write_k, x.b, h, x.k_token, x.nk, to.to_k);
+    if (to.to_v) locate_rows<S>(write_v, x.b, h, x.k_token, x.nk, to.to_v);
+    for (int32_t j = 0; x.k_special && j < x.nk; ++j) {
+      to.k[j] = key_row(x, a.k, a.extra_k, h, j), to.v[j] = key_row(x, a.v, a.extra_v, h, j);
+      if (to.to_k && x.k_token[j] < 0) to.to_k[j] = to.to_v[j] = nullptr;
+    }
+    for (int32_t j = x.nk; j < round_up(x.nk, kN); ++j) to.k[j] = to.v[j] = zeros;
+  }
+  // Before anything else of head h of `now`.
+  void open(int32_t h) {
+    if (there->b != now->b || there->row != now->row || there->h != h) locate(*now, h, *there);
+    Addresses<S>* t = here;
+    here = there, there = t;
   }
   // The row and head after head h of `now`, which `steps` calls of step_ahead prefetch.
   void look_ahead(int32_t h, int32_t h0, int32_t h1, int32_t steps) {
-    ahead_slots = h + 1 < h1 ? now : next;
-    ahead_head = h + 1 < h1 ? h + 1 : h0;
-    head = h, ahead_at = 0;
-    const Slots<T>& x = *ahead_slots;
-    ahead_end = x.b < 0 ? 0 : x.nq > x.nk ? x.nq : x.nk;
+    const Slots<T>& x = h + 1 < h1 ? *now : *next;
+    there->b = -1, there->nq = there->nk = 0;
+    if (x.b >= 0) locate(x, h + 1 < h1 ? h + 1 : h0, *there);
+    ahead_at = 0, ahead_end = 0;
+    for (int32_t n : {here->nq, here->nk, there->nq, there->nk}) ahead_end = n > ahead_end ? n : ahead_end;
     ahead_step = (ahead_end + steps - 1) / steps;
-  }
-  void prefetch_stores(int32_t i) const {
-    if (i < now->nq) prefetch<1>(query_row(*now, write_q, head, i), write_k.data ? D : Dv);
-    if (i >= now->nk || !write_k.data || now->k_token[i] < 0) return;
-    prefetch<1>(row_of<S>(write_k, now->b, now->k_token[i], head), D);
-    prefetch<1>(row_of<S>(write_v, now->b, now->k_token[i], head), Dv);
   }
   static void step_ahead(void* context) {
     Block& w = *static_cast<Block*>(context);
-    const Attend& a = w.a;
-    const Slots<T>& x = *w.ahead_slots;
-    const int32_t h = w.ahead_head,
-                  end = w.ahead_at + w.ahead_step < w.ahead_end ? w.ahead_at + w.ahead_step : w.ahead_end;
+    const Addresses<S>&x = *w.there, &y = *w.here;
+    const int32_t D = w.D, Dv = w.Dv, rest = w.ahead_end - w.ahead_at;
+    const int32_t end = w.ahead_at + (rest < w.ahead_step ? rest : w.ahead_step);
     for (int32_t i = w.ahead_at; i < end; ++i) {
-      if (i < x.nk) {
-        prefetch<0>(w.key_row(x, a.k, a.extra_k, h, i), w.D);
-        prefetch<0>(w.key_row(x, a.v, a.extra_v, h, i), w.Dv);
-      }
-      if (i < x.nq) prefetch<0>(w.query_row(x, a.q, h, i), w.D);
-      if (i < x.nq && w.read_too.data) prefetch<0>(w.query_row(x, w.read_too, h, i), w.Dv);
-      w.prefetch_stores(i);
+      if (i < x.nk) prefetch_row<0>(x.k[i], D), prefetch_row<0>(x.v[i], Dv);
+      if (i < x.nq) prefetch_row<0>(x.q[i], D);
+      if (i < x.nq && x.dout) prefetch_row<0>(x.dout[i], Dv);
+      if (i < y.nq) prefetch_row<1>(y.to_q[i], y.to_k ? D : Dv);
+      if (i < y.nk && y.to_k) prefetch_row<1>(y.to_k[i], D), prefetch_row<1>(y.to_v[i], Dv);
     }
     w.ahead_at = end;
   }
@@ -241,14 +258,18 @@ struct Block {
     if (at < d) store(to + at, load_part<T>(from + at, d - at) * factor);
   }
   [[gnu::noinline]] void pack_keys(int32_t h) {
+    k_rows = v_rows = nullptr;
+    if constexpr (std::is_same_v<S, T>) {
+      k_rows = k_in_place ? here->k : nullptr, v_rows = v_in_place ? here->v : nullptr;
+    }
     const T* scales =
         a.k_scale ? static_cast<const T*>(a.k_scale) + now->b * a.n_k * a.scale_stride_n + h : nullptr;
-    for (int32_t j = 0; j < now->nk; ++j) {
+    for (int32_t j = 0; !k_rows && j < now->nk; ++j) {
       const int32_t source = now->k_source[j];
       const T factor = scales && source >= 0 ? scales[source * a.scale_stride_n] : T(1);
-      pack_row(key_row(*now, a.k, a.extra_k, h, j), D, factor, k + int64_t(j) * Dp);
-      pack_row(key_row(*now, a.v, a.extra_v, h, j), Dv, T(1), v + int64_t(j) * Dvp);
+      pack_row(here->k[j], D, factor, k + int64_t(j) * Dp);
     }
+    for (int32_t j = 0; !v_rows && j < now->nk; ++j) pack_row(here->v[j], Dv, T(1), v + int64_t(j) * Dvp);
   }
 
   // Queries from `begin` on, a block of at most kBlockQueries.
@@ -260,18 +281,19 @@ struct Block {
   }
   int32_t column_of_tail(int32_t t) const { return vectors * kN + t; }
 
-  // rows [n][d] of t -> columns [d][kBlockQueries], and rows [n][dp]: those of the tails, or all of them.
+  // The rows `source` [n][d] of the block -> columns [d][kBlockQueries], and rows [n][dp]: those of the tails, or all of them.
   // Row i is multiplied by factor_i = factor * (scales ? scales[token * stride] : 1), its columns by
   // column_factor too.
-  [[gnu::noinline]] void pack_queries(const Rows& t, int32_t h, int32_t d, int32_t dp, T factor,
+  [[gnu::noinline]] void pack_queries(const S* const* source, int32_t d, int32_t dp, T factor,
                                       const T* scales, T column_factor, T* columns, T* rows,
                                       bool all_rows) const {
+    source += q0;
     for (int32_t i0 = 0; i0 < vectors * kN; i0 += kN) {
       const S* from[kN];
       T f[kN];
       for (int32_t u = 0; u < kN; ++u) {
         const int32_t i = i0 + u < n ? q0 + i0 + u : -1;
-        from[u] = i < 0 ? zeros : query_row(*now, t, h, i);
+        from[u] = i < 0 ? zeros : source[i0 + u];
         f[u] = factor;
         if (scales && i >= 0 && now->q_token[i] >= 0) f[u] *= scales[now->q_token[i] * a.scale_stride_n];
       }
@@ -294,23 +316,27 @@ struct Block {
     for (int32_t u = 0; u < tails; ++u) {
       const int32_t i = q0 + column_of_tail(u), token = now->q_token[i];
       const T f = scales && token >= 0 ? factor * scales[token * a.scale_stride_n] : factor;
-      pack_row(query_row(*now, t, h, i), d, all_rows ? f : f * column_factor,
+      pack_row(source[column_of_tail(u)], d, all_rows ? f : f * column_factor,
                rows + int64_t(column_of_tail(u)) * dp);
     }
   }
   const T* q_scales(int32_t h) const {
     return a.q_scale ? static_cast<const T*>(a.q_scale) + now->b * a.n_q * a.scale_stride_n + h : nullptr;
   }
-  // out[j * kBlockQueries] = factor * (mat_j . x) for the keys j: a column of a block.
-  [[gnu::noinline]] void dots(const T* mat, int32_t dp, const T* x, T factor, T* out) const {
+  // out[j * kBlockQueries] = factor * (row j . x) for the keys j: a column of a block. Rows of d elements: in
+  // place, or else packed in mat.
+  [[gnu::noinline]] void dots(const T* const* rows, const T* mat, int32_t d, const T* x, T factor,
+                              T* out) const {
+    const int32_t dp = round_up(d, kN);
     for (int32_t j0 = 0; j0 < now->nk; j0 += kN) {
       Vec<T> r[kN];
 #pragma GCC unroll 16
-      for (int32_t u = 0; u < kN; ++u) r[u] = Vec<T>{};
-      for (int32_t d = 0; d < dp; d += kN) {
-        const Vec<T> xv = load(x + d);
-#pragma GCC unroll 16
-        for (int32_t u = 0; u < kN; ++u) r[u] += load(mat + int64_t(j0 + u) * dp + d) * xv;
+      for (int32_t u = 0; u < kN; ++u) {
+        const T* row = rows ? rows[j0 + u] : mat + int64_t(j0 + u) * dp;
+        r[u] = Vec<T>{};
+        int32_t at = 0;
+        for (; at + kN <= d; at += kN) r[u] += load(row + at) * load(x + at);
+        if (at < d) r[u] += load_part<T>(row + at, d - at) * load(x + at);
       }
       const Vec<T> sums = sum_each<T>(r) * factor;
       for (int32_t u = 0; u < kN && j0 + u < now->nk; ++u) out[int64_t(j0 + u) * kBlockQueries] = sums[u];
@@ -320,10 +346,11 @@ struct Block {
   // S of the block, complete with every term: after pack_queries into q and q_rows.
   void scores(int32_t h, T tail_factor) {
     const T* init = bias ? bias_of(h) + q0 : nullptr;
-    gemm_rows(Gemm<T>{k, Dp, q, kBlockQueries, init, q_most, s, kBlockQueries, &ahead}, now->nk, D, vectors);
+    gemm_rows(Gemm<T>{k, Dp, q, kBlockQueries, init, q_most, s, kBlockQueries, &ahead, k_rows}, now->nk, D,
+              vectors);
     for (int32_t u = 0; u < tails; ++u) {
       const int32_t c = column_of_tail(u);
-      dots(k, Dp, q_rows + int64_t(c) * Dp, tail_factor, s + c);
+      dots(k_rows, k, D, q_rows + int64_t(c) * Dp, tail_factor, s + c);
       for (int32_t j = 0; init && j < now->nk; ++j) s[int64_t(j) * kBlockQueries + c] += init[j * q_most + c];
     }
     if (now->regions || now->key_terms || a.mask) add_terms(h);
@@ -358,6 +385,7 @@ struct Block {
 
   // Multiplies x (laid out like s) by keep / (1 - p).
   void drop(int32_t h, T* x) const {
+    if (a.drop_by_token) return drop_by_token(h, x);
     const uint32_t limit = dropout_threshold(a.dropout_p);
     const T kept = T(1 / (1 - a.dropout_p));
     const uint32_t bh = static_cast<uint32_t>(now->b * a.head_total + a.head_offset + h);
@@ -367,6 +395,20 @@ struct Block {
         const Philox4 w = dropout_words(seed, static_cast<uint32_t>(j / 4), now->q_token[q0 + c], bh);
         for (int32_t u = 0; u < 4 && j + u < now->nk; ++u)
           x[int64_t(j + u) * kBlockQueries + c] *= w.x[u] >= limit ? kept : T(0);
+      }
+    }
+  }
+  void drop_by_token(int32_t h, T* x) const {
+    const uint32_t limit = dropout_threshold(a.dropout_p);
+    const T kept = T(1 / (1 - a.dropout_p));
+    const uint32_t bh = static_cast<uint32_t>(now->b * a.head_total + a.head_offset + h);
+    const uint64_t seed = static_cast<uint64_t>(*a.seed);
+    for (int32_t j = 0; j < now->nk; ++j) {
+      const int64_t slot = j < now->box ? now->k_token[j] : a.n_k + a.edge_row + j - now->box;
+      if (slot < 0) continue;  // a pad
+      for (int32_t c = 0; c < n; ++c) {
+        const Philox4 w = dropout_words(seed, static_cast<uint32_t>(slot / 4), now->q_token[q0 + c], bh);
+        x[int64_t(j) * kBlockQueries + c] *= w.x[slot % 4] >= limit ? kept : T(0);
       }
     }
   }

@@ -5,6 +5,9 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "attend.h"
 #include "memory.h"
@@ -64,6 +67,37 @@ const Entry* find(const char* name) {
   return best;
 }
 
+// The bytes from the first element that a kernel writes to the last one.
+struct Span {
+  uintptr_t begin = 0, end = 0;
+
+  static Span of(const Rows& t, int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int64_t bytes) {
+    if (!t.data || batch * tokens * heads * dim <= 0) return {};
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data);
+    const int64_t last = (batch - 1) * t.stride_b + (tokens - 1) * t.stride_n + (heads - 1) * t.stride_h;
+    return {begin, begin + static_cast<uintptr_t>((last + dim) * bytes)};
+  }
+  Span with(const Span& other) const {  // one span where they overlap, as in a packed gradient
+    if (other.begin >= end || begin >= other.end) return *this;
+    return {begin < other.begin ? begin : other.begin, end > other.end ? end : other.end};
+  }
+};
+
+// Asks for huge pages below an output that the allocator may just have taken from the system: the faults of
+// small ones cost as much as the kernel (67 against 13 ms for 144 MB on a virtual Zen 5, one thread).
+void advise_huge(const Span& span) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20, kLeast = 2 * kPage;
+  const uintptr_t begin = (span.begin + kPage - 1) & ~(kPage - 1), end = span.end & ~(kPage - 1);
+  if (span.end - span.begin >= kLeast && begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: it may fail
+#else
+  (void)span;
+#endif
+}
+
+int64_t bytes_of(DType dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
+
 std::atomic<const Entry*> chosen{nullptr};
 
 const Entry& current() {
@@ -108,7 +142,20 @@ void set_isa(const char* name) {
   chosen = e;
 }
 
-void attend_fwd(const AttendFwd& p, int threads) { current().fwd(p, threads); }
-void attend_bwd(const AttendBwd& p, int threads) { current().bwd(p, threads); }
+void attend_fwd(const AttendFwd& p, int threads) {
+  const Attend& a = p.a;
+  advise_huge(Span::of(p.out, a.batch, a.n_q, a.heads, a.head_dim_v, bytes_of(a.dtype)));
+  current().fwd(p, threads);
+}
+
+void attend_bwd(const AttendBwd& p, int threads) {
+  const Attend& a = p.a;
+  const int64_t size = bytes_of(a.dtype);
+  const Span dq = Span::of(p.dq, a.batch, a.n_q, a.heads, a.head_dim, size);
+  const Span dk = Span::of(p.dk, a.batch, a.n_k, a.heads, a.head_dim, size);
+  const Span dv = Span::of(p.dv, a.batch, a.n_k, a.heads, a.head_dim_v, size);
+  advise_huge(dq.with(dk).with(dv)), advise_huge(dk), advise_huge(dv);
+  current().bwd(p, threads);
+}
 
 }  // namespace vicinal::cpu

@@ -25,6 +25,10 @@ struct Gemm {
   T* c;
   int64_t c_stride;
   const Ahead* ahead;  // or null
+  const T* const* a_rows = nullptr;  // row i of A in gemm_rows, instead of a + i * a_stride
+  const T* const* b_rows = nullptr;  // step t of B, instead of b + t * b_stride
+  T* const* c_rows = nullptr;        // row i of C, instead of c + i * c_stride
+  const T* c_factor = nullptr;       // what row i of C is multiplied by in the end
 };
 
 // m rows, n steps, `vectors` vectors of lanes. gemm_rows: A[i][t] = a[i * a_stride + t]; gemm_columns:

@@ -4,15 +4,35 @@ from vicinal import nn
 from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
 from vicinal.drop_in import accelerate, restore
+from vicinal.hash import hash_attention
+from vicinal.joint import joint_attention
+from vicinal.linear import (
+    FeatureMap,
+    LinearState,
+    ema_scan,
+    linear_attention,
+    linear_attention_step,
+)
+from vicinal.neighborhood import Neighborhood, neighborhood_attention, neighborhood_attention_qkvpacked
 from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
 
 __all__ = [
     "Explanation",
+    "FeatureMap",
+    "LinearState",
+    "Neighborhood",
     "RelativeBias",
     "Windows",
     "__version__",
     "accelerate",
+    "ema_scan",
     "explain",
+    "hash_attention",
+    "joint_attention",
+    "linear_attention",
+    "linear_attention_step",
+    "neighborhood_attention",
+    "neighborhood_attention_qkvpacked",
     "nn",
     "restore",
     "windowed_attention",

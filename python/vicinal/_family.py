@@ -24,7 +24,9 @@ class Family:
     """Names of a family's tensors ("name" or "name?" for optional ones), options ("type name"), outputs, and
     the tensors that get gradients. `packed`: the first three tensors may come as one [B, *space, 3, H, D]
     tensor; their gradient then comes so. `fake_fwd(tensors, options)` and `fake_bwd(outputs, tensors,
-    options, packed)` allocate as the launchers do."""
+    options, packed)` allocate as the launchers do. `reads`: the outputs that the backward reads, which are
+    saved and passed to it; None means all. A gradient of the first output that is missing is passed as zeros
+    if that output is read, else as None."""
 
     name: str
     tensors: tuple[str, ...]
@@ -33,6 +35,11 @@ class Family:
     gradients: tuple[str, ...]
     fake_fwd: Callable[..., tuple[Tensor, ...]]
     fake_bwd: Callable[..., tuple[Tensor, ...]]
+    reads: tuple[str, ...] | None = None
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        return self.outputs if self.reads is None else self.reads
 
     def schemas(self) -> tuple[str, str]:
         def arguments(names: Sequence[str]) -> str:
@@ -42,7 +49,7 @@ class Family:
         grads = arguments([f"d{name}?" for name in self.outputs])
         forward = f"({tensors}, {options}) -> ({', '.join(['Tensor'] * len(self.outputs))})"
         backward = (
-            f"({grads}, {arguments(self.outputs)}, {tensors}, {options}, bool packed)"
+            f"({grads}, {arguments(self.saved)}, {tensors}, {options}, bool packed)"
             f" -> ({', '.join(['Tensor'] * len(self.gradients))})"
         )
         return forward, backward
@@ -59,17 +66,17 @@ def define(
     forward: Callable[..., tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, ...]],
 ) -> None:
-    """Register one backend's overloads. forward(*tensors, *options); backward(*grads, *outputs, *tensors,
-    *options, packed)."""
-    n_tensors, n_outputs = len(family.tensors), len(family.outputs)
+    """Register one backend's overloads. forward(*tensors, *options); backward(*grads, *saved outputs,
+    *tensors, *options, packed)."""
+    n_tensors, n_outputs, n_saved = len(family.tensors), len(family.outputs), len(family.saved)
 
     def fake_forward(*args: Any) -> tuple[Tensor, ...]:
         return family.fake_fwd(args[:n_tensors], args[n_tensors:])
 
     def fake_backward(*args: Any) -> tuple[Tensor, ...]:
         rest = args[n_outputs:]
-        tensors = rest[n_outputs : n_outputs + n_tensors]
-        return family.fake_bwd(rest[:n_outputs], tensors, rest[n_outputs + n_tensors : -1], args[-1])
+        tensors = rest[n_saved : n_saved + n_tensors]
+        return family.fake_bwd(rest[:n_saved], tensors, rest[n_saved + n_tensors : -1], args[-1])
 
     fwd_schema, bwd_schema = family.schemas()
     directions: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
@@ -114,7 +121,8 @@ def autograd_function(
     """
     fwd = getattr(torch.ops.vicinal, f"{family.name}_fwd")
     bwd = getattr(torch.ops.vicinal, f"{family.name}_bwd")
-    n_outputs = len(family.outputs)
+    places = [family.outputs.index(name) for name in family.saved]
+    n_saved = len(places)
 
     def run(
         backend: str, packed: bool, options: tuple[Any, ...], tensors: Sequence[Any]
@@ -124,15 +132,15 @@ def autograd_function(
         return getattr(fwd, backend)(*tensors, *options)
 
     def save(ctx: Any, settings: tuple[Any, ...], tensors: Sequence[Any], outputs: Sequence[Tensor]) -> None:
-        ctx.save_for_backward(*outputs, *tensors)
+        ctx.save_for_backward(*(outputs[i] for i in places), *tensors)
         ctx.backend, ctx.packed, ctx.options = settings
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        outputs, tensors = saved[:n_outputs], saved[n_outputs:]
+        outputs, tensors = saved[:n_saved], saved[n_saved:]
         split = (*tensors[0].unbind(-3), *tensors[3:]) if ctx.packed else tensors
-        if grads[0] is None:
+        if grads[0] is None and 0 in places:
             grads = (torch.zeros_like(outputs[0]), *grads[1:])
         raw = getattr(bwd, ctx.backend)(*grads, *outputs, *split, *ctx.options, ctx.packed)
         found = [None if g.dim() == 1 and g.numel() == 0 else g for g in raw]

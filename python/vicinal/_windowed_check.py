@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import _check as checks
 from .plan import MAX_TOKENS, AxisWindows
 
 if TYPE_CHECKING:
@@ -19,35 +20,23 @@ PAD_ORDERS = ("pad_roll", "roll_pad")
 PAD_SIDES = ("end", "center")
 ACTIVATIONS = ("softmax", "relu2", "relu", "none")
 INDEXES = ("q-k", "k-q", "abs")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _sizes(name: str, value: Any, lowest: int, whole: bool) -> None:
     entries = value if isinstance(value, tuple) else (value,)
     accepted = f"an int >= {lowest}{' or -1 (the whole axis)' if whole else ''}, or a tuple of 1 to 3 of them"
-    if not entries or len(entries) > 3 or not all(_is_int(e) for e in entries):
+    if not entries or len(entries) > 3 or not all(checks.is_int(e) for e in entries):
         raise TypeError(f"{name} is {value!r}; it must be {accepted}")
     if not all(e >= lowest or (whole and e == -1) for e in entries):
         raise ValueError(f"{name} is {value!r}; it must be {accepted}")
 
 
-def _one_of(name: str, value: Any, accepted: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, accepted))}")
-    if value not in accepted:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, accepted))}")
-
-
 def check_windows(windows: Windows) -> None:
     """The fields of a Windows, without a grid."""
-    _one_of("partition", windows.partition, PARTITIONS)
-    _one_of("edge", windows.edge, EDGES)
-    _one_of("pad_order", windows.pad_order, PAD_ORDERS)
-    _one_of("pad_side", windows.pad_side, PAD_SIDES)
+    checks.one_of("partition", windows.partition, PARTITIONS)
+    checks.one_of("edge", windows.edge, EDGES)
+    checks.one_of("pad_order", windows.pad_order, PAD_ORDERS)
+    checks.one_of("pad_side", windows.pad_side, PAD_SIDES)
     if not isinstance(windows.mask_value, (int, float)) or isinstance(windows.mask_value, bool):
         raise TypeError(f"mask_value is {windows.mask_value!r}; it must be a float, at most 0")
     if not windows.mask_value <= 0:
@@ -91,7 +80,7 @@ def _check_groups(windows: Windows) -> None:
     for group in groups:
         if not isinstance(group, tuple) or len(group) not in (2, 3):
             raise TypeError(f"head_groups has {group!r}; an entry is (heads, size) or (heads, size, shift)")
-        if not _is_int(group[0]):
+        if not checks.is_int(group[0]):
             raise TypeError(f"head_groups has {group[0]!r} heads; it must be an int >= 1")
         if group[0] < 1:
             raise ValueError(f"head_groups has {group[0]!r} heads; it must be an int >= 1")
@@ -100,7 +89,7 @@ def _check_groups(windows: Windows) -> None:
 
 
 def check_relative_bias(bias: RelativeBias) -> None:
-    _tensor("table", bias.table)
+    checks.tensor("table", bias.table)
     if bias.table.dim() != 2 or not bias.table.is_floating_point():
         raise ValueError(
             f"table has shape {list(bias.table.shape)} and {bias.table.dtype}; it must be float [T, heads]"
@@ -114,50 +103,17 @@ def check_relative_bias(bias: RelativeBias) -> None:
         if bias.window is not None:
             raise ValueError("window must be None where index is a tensor")
     else:
-        _one_of("index", bias.index, INDEXES)
+        checks.one_of("index", bias.index, INDEXES)
     if bias.window is not None:
         _sizes("window", bias.window, 1, False)
         if not isinstance(bias.window, tuple):
             raise TypeError(f"window is {bias.window!r}; it must be a tuple with an int per axis")
 
 
-def _tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
-
-
-def check_packed(qkv: Any) -> None:
-    _tensor("qkv", qkv)
-    if not 5 <= qkv.dim() <= 7:
-        raise ValueError(f"qkv has shape {list(qkv.shape)}; it must be [B, *S, 3, h, d] with 1 to 3 axes S")
-    if qkv.shape[-3] != 3:
-        raise ValueError(f"qkv has shape {list(qkv.shape)}; the third dimension from the end must be 3")
-
-
 def check_window_type(windows: Any, kind: type) -> Any:
-    if isinstance(windows, (kind, tuple)) or _is_int(windows):
+    if isinstance(windows, (kind, tuple)) or checks.is_int(windows):
         return windows
     raise TypeError(f"windows is {windows!r}; it must be a Windows, an int or a tuple of ints")
-
-
-def check_qkv_types(q: Any, k: Any, v: Any) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _tensor(name, x)
-        if not 4 <= x.dim() <= 6:
-            raise ValueError(
-                f"{name} has shape {list(x.shape)}; it must be [B, *S, heads, head_dim] with 1 to 3 axes S"
-            )
-
-
-def _shape(name: str, x: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    if tuple(x.shape) != tuple(expected):
-        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {meaning} = {list(expected)}")
-
-
-def _floating(name: str, x: Any) -> None:
-    _tensor(name, x)
-    if not x.is_floating_point():
-        raise TypeError(f"{name} is {x.dtype}; it must be a float tensor")
 
 
 def check_call(call: Call, relative: type) -> None:
@@ -173,36 +129,19 @@ def check_call(call: Call, relative: type) -> None:
 
 def _check_qkv(call: Call) -> None:
     q, k, v = call.q, call.k, call.v
-    if q.dtype not in DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise TypeError(f"q is {q.dtype}; it must be one of {names}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} is {x.dtype}; it must be {q.dtype} as q")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}; it must be on {q.device} as q")
-        if x.dim() != q.dim():
-            raise ValueError(f"{name} has {x.dim()} dimensions; it must have {q.dim()} as q")
+    checks.like_q(q, k=k, v=v)
     space = q.shape[1:-2] if call.windows.q_size is None else k.shape[1:-2]
-    _shape("k", k, (q.shape[0], *space, *q.shape[-2:]), "[B, *S, heads, dk]")
-    _shape("v", v, (*k.shape[:-1], v.shape[-1]), "[B, *S, heads, dv]")
-    if q.shape[-1] < 1 or v.shape[-1] < 1:
-        raise ValueError(f"q and v have head dims {q.shape[-1]} and {v.shape[-1]}; they must be at least 1")
+    checks.shape("k", k, (q.shape[0], *space, *q.shape[-2:]), "[B, *S, heads, dk]")
+    checks.shape("v", v, (*k.shape[:-1], v.shape[-1]), "[B, *S, heads, dv]")
+    checks.head_dims(q, v)
 
 
 def _check_options(call: Call) -> None:
-    _one_of("activation", call.activation, ACTIVATIONS)
-    if not isinstance(call.dropout_p, (int, float)) or isinstance(call.dropout_p, bool):
-        raise TypeError(f"dropout_p is {call.dropout_p!r}; it must be a float, 0 <= dropout_p < 1")
-    if not 0 <= call.dropout_p < 1:
-        raise ValueError(f"dropout_p is {call.dropout_p!r}; it must be 0 <= dropout_p < 1")
-    if call.scale is not None:
-        if not isinstance(call.scale, (int, float)) or isinstance(call.scale, bool):
-            raise TypeError(f"scale is {call.scale!r}; it must be a finite float or None")
-        if not -float("inf") < call.scale < float("inf"):
-            raise ValueError(f"scale is {call.scale!r}; it must be a finite float or None")
+    checks.one_of("activation", call.activation, ACTIVATIONS)
+    checks.probability("dropout_p", call.dropout_p, one=False)
+    checks.finite_or_none("scale", call.scale)
     if call.logit_scale is not None:
-        _floating("logit_scale", call.logit_scale)
+        checks.floating("logit_scale", call.logit_scale)
         if call.scale is not None:
             raise ValueError(f"scale is {call.scale!r}; it must be None where logit_scale is given")
         heads = call.q.shape[-2]
@@ -214,8 +153,7 @@ def _check_options(call: Call) -> None:
 
 
 def check_lse(return_lse: Any, activation: str) -> None:
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse is {return_lse!r}; it must be True or False")
+    checks.flag("return_lse", return_lse)
     if return_lse and activation in ACTIVATIONS[1:]:
         raise ValueError(f"return_lse is True; it must be False under activation {activation!r}")
 
@@ -274,42 +212,35 @@ def _check_extras(call: Call) -> None:
         ("edge_v", call.edge_v, (heads, dim_v), "[heads, dv]"),
     ):
         if x is not None:
-            _floating(name, x)
-            _shape(name, x, shape, meaning)
+            checks.floating(name, x)
+            checks.shape(name, x, shape, meaning)
             if call.windows.edge != "const":
                 raise ValueError(f"{name} is given, but edge is {call.windows.edge!r}; it must be 'const'")
-    if (call.extra_k is None) != (call.extra_v is None):
-        raise ValueError("extra_k and extra_v must be given together")
+    checks.extras(call.extra_k, call.extra_v, batch, heads, dim, dim_v)
     if call.extra_bias is not None and call.extra_k is None:
         raise ValueError("extra_bias is given without extra_k and extra_v")
-    if call.extra_k is None or call.extra_v is None:
+    if call.extra_k is None:
         return
-    for name, x, width in (("extra_k", call.extra_k, dim), ("extra_v", call.extra_v, dim_v)):
-        _floating(name, x)
-        count = x.shape[1] if x.dim() == 4 else 0
-        _shape(name, x, (batch, count, heads, width), "[B, M, heads, head_dim]")
-    if call.extra_k.shape[1] != call.extra_v.shape[1]:
-        raise ValueError(f"extra_k has {call.extra_k.shape[1]} keys, extra_v has {call.extra_v.shape[1]}")
     if call.extra_bias is not None:
-        _floating("extra_bias", call.extra_bias)
-        _shape("extra_bias", call.extra_bias, (heads, call.extra_k.shape[1]), "[heads, M]")
+        checks.floating("extra_bias", call.extra_bias)
+        checks.shape("extra_bias", call.extra_bias, (heads, call.extra_k.shape[1]), "[heads, M]")
 
 
 def _check_masks(call: Call, groups: list[tuple[AxisWindows, ...]]) -> None:
     key = call.key_padding_mask
     if key is not None:
-        _tensor("key_padding_mask", key)
+        checks.tensor("key_padding_mask", key)
         if key.dtype != torch.bool and not key.is_floating_point():
             raise TypeError(
                 f"key_padding_mask is {key.dtype}; it must be bool (True = ignored) or float (added)"
             )
-        _shape("key_padding_mask", key, tuple(call.k.shape[:-2]), "[B, *S]")
+        checks.shape("key_padding_mask", key, tuple(call.k.shape[:-2]), "[B, *S]")
         if key.requires_grad:
             raise ValueError("key_padding_mask requires grad; it gets none")
     mask = call.attn_mask
     if mask is None:
         return
-    _floating("attn_mask", mask)
+    checks.floating("attn_mask", mask)
     if len(groups) > 1:
         raise ValueError("attn_mask needs one window for all heads; head_groups has several")
     windows, n, m = _counts(groups[0])
@@ -339,7 +270,7 @@ def _check_bias(call: Call, groups: list[tuple[AxisWindows, ...]], relative: typ
         raise ValueError("bias needs one window for all heads; head_groups has several")
     _, n, m = _counts(axes)
     if not isinstance(bias, relative):
-        _floating("bias", bias)
+        checks.floating("bias", bias)
         if tuple(bias.shape) not in ((heads, n, m), (1, heads, n, m)):  # type: ignore[union-attr]
             raise ValueError(
                 f"bias has shape {list(bias.shape)}; it must be [T, {heads}] or [{heads}, {n}, {m}]"  # type: ignore[union-attr]
@@ -351,7 +282,7 @@ def _check_bias(call: Call, groups: list[tuple[AxisWindows, ...]], relative: typ
     if table.shape[1] != heads:
         raise ValueError(f"bias has a table of {table.shape[1]} heads; q has {heads}")
     if isinstance(index, Tensor):
-        _shape("index", index, (n, m), "[Nq, Nk]")
+        checks.shape("index", index, (n, m), "[Nq, Nk]")
         if not torch.compiler.is_compiling() and index.numel():
             low, high = int(index.min()), int(index.max())
             if low < -len(table) or high >= len(table):

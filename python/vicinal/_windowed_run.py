@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import index
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _backends, reference
+from . import _attend_run as shared
+from . import _check as checks
+from . import _choice, reference
 from . import _windowed_check as check
 from ._attend import accumulator, flat
-from ._windowed_op import Geometry, Group, windowed_op
+from ._windowed_op import WINDOWED, Geometry, Group
 from ._windowed_types import RelativeBias, Size, Windows, per_axis
 
 LOG_100 = 4.605170185988092
-
-# device, dtype, head_dim, head_dim_v, features, arch: constants to torch.compile, which makes no Problem
-ProblemKey = tuple[str, torch.dtype, int, int, tuple[str, ...], int | None]
 
 
 def geometry_of(windows: Windows, rank: int) -> Geometry:
@@ -83,7 +80,7 @@ class Call:
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, windows: Windows | Size, *options: Any, **named: Any) -> Call:
     """Cast under autocast, check, and name the arguments."""
-    check.check_qkv_types(q, k, v)
+    checks.tokens(q=q, k=k, v=v)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -94,31 +91,11 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, windows: Windows | Size, *options: 
     return call
 
 
-@torch.compiler.assume_constant_result
-def choose(key: ProblemKey, backend: str | None) -> str:
-    return _backends.select(problem_of(key), backend)
-
-
-def problem_of(key: ProblemKey) -> _backends.Problem:
-    device, dtype, head_dim, head_dim_v, features, arch = key
-    return _backends.Problem("windowed", device, dtype, head_dim, head_dim_v, frozenset(features), arch)
-
-
-def select(call: Call, backend: str | None) -> str:
-    return choose(problem_key(call), backend)
-
-
-def problem_key(call: Call) -> ProblemKey:
-    q, features = call.q, []
-    if call.activation != "softmax":
-        features.append(call.activation)
+def problem_key(call: Call) -> _choice.Key:
+    features = [] if call.activation == "softmax" else [call.activation]
     if call.dropout_p > 0:
         features.append("dropout")
-    arch = None
-    if q.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(q.device)
-        arch = major * 10 + minor
-    return q.device.type, q.dtype, index(q.shape[-1]), index(call.v.shape[-1]), tuple(features), arch
+    return _choice.problem_key("windowed", call.q, call.v, tuple(features))
 
 
 def run(
@@ -126,25 +103,26 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """out and lse. qkv: the packed tensor whose views q, k and v are, or None. options: as Call has them."""
     key = _signature(q, k, v, windows, options, backend)
-    known = None if key is None else _settled.get(key)
+    known = _settled.get(key)
     if known is not None:
-        return _run_settled(known, q, k, v, qkv, options[0])
+        return _settled.run(known, q, k, v, qkv, options[0])
     call = prepare(q, k, v, windows, *options)
-    chosen = select(call, backend)
-    seed = None
-    if call.dropout_p > 0:
-        seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=call.q.device)
+    chosen = _choice.choose(problem_key(call), backend)
+    seed = shared.draw_seed(call.dropout_p, call.q.device)
     if chosen == "reference":
         return run_reference(call, seed)
     if key is not None:
-        _settle(key, call, chosen)
+        kind = "none" if call.bias is None else "q-k" if isinstance(call.bias, RelativeBias) else "dense"
+        _, text = _geometry(call.windows, call.q.dim() - 3, kind)
+        _settled.put(key, shared.Settled(chosen, text, _scales(call)[0], call.windows.mask_value))
     return _run_op(call, chosen, qkv, seed)
 
 
-# What was found for the first call of a signature: backend, geometry text, scale, mask value.
-Settled = tuple[str, str, float, float]
-_settled: dict[Any, Settled] = {}
-_backends.on_change(_settled.clear)
+def _settled_table(bias: Tensor, q: Tensor) -> Tensor:
+    return bias.t() if bias.dim() == 2 else bias.flatten(-2).reshape(q.shape[-2], -1)
+
+
+_settled = shared.CallMemory(WINDOWED.apply, _settled_table)
 
 
 def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], backend: Any) -> Any:
@@ -152,45 +130,11 @@ def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], b
     bias, scale, a, b, c, d, e, f, g, h, activation, dropout_p = options
     if not (a is b is c is d is e is f is g is h is None and activation == "softmax" and dropout_p == 0):
         return None
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(q.device.type):
-        return None
-    right_types = (  # equal is not enough: False == 0, and what cannot be hashed the checks name
-        isinstance(bias, (Tensor, NoneType))
-        and type(windows) in (Windows, int)
-        and type(scale) in (float, NoneType)
-        and type(dropout_p) in (float, int)
-        and type(backend) in (str, NoneType)
-    )
-    if not right_types:
+    if type(dropout_p) not in (float, int) or type(windows) not in (Windows, int):
         return None
     if isinstance(windows, Windows) and windows.edge != "mask":  # pads read an edge row
         return None
-    table = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    tensors = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device)
-    return (*tensors, table, windows, scale, backend)
-
-
-def _settle(key: Any, call: Call, chosen: str) -> None:
-    kind = "none" if call.bias is None else "q-k" if isinstance(call.bias, RelativeBias) else "dense"
-    _, text = _geometry(call.windows, call.q.dim() - 3, kind)
-    if len(_settled) >= 4096:
-        _settled.clear()
-    _settled[key] = (chosen, text, _scales(call)[0], call.windows.mask_value)
-
-
-def _run_settled(
-    known: Settled, q: Tensor, k: Tensor, v: Tensor, qkv: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    backend, text, scale, mask_value = known
-    if bias is not None:
-        bias = bias.t() if bias.dim() == 2 else bias.flatten(-2).reshape(q.shape[-2], -1)
-        bias = bias.to(accumulator(q.dtype)).contiguous()
-    first = (q, k, v) if qkv is None else (qkv, None, None)
-    options = (text, scale, mask_value, 0, "softmax", 0.0)
-    out, lse = windowed_op(backend, qkv is not None, options, *first, bias, *[None] * 7)
-    return out, lse
+    return _settled.key(q, k, v, bias, windows, scale, backend)
 
 
 def _run_op(call: Call, backend: str, qkv: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -204,9 +148,10 @@ def _run_op(call: Call, backend: str, qkv: Tensor | None, seed: Tensor | None) -
         mask = (mask if mask.dim() == 4 else mask[:, None]).to(acc).contiguous()
     mask_value = call.windows.mask_value if call.activation == "softmax" else -torch.inf
     first = (call.q, call.k, call.v) if qkv is None else (qkv, None, None)
-    tensors = (*first, table, q_scale, k_scale, extra_k, extra_v, _key_bias(call, acc), mask, seed)
+    key_bias = shared.key_bias(call.key_padding_mask, acc)
+    tensors = (*first, table, q_scale, k_scale, extra_k, extra_v, key_bias, mask, seed)
     options = (text, scale, mask_value, edge_row, call.activation, call.dropout_p)
-    out, lse = windowed_op(backend, qkv is not None, options, *tensors)
+    out, lse = WINDOWED.apply(backend, qkv is not None, options, *tensors)
     return out, lse
 
 
@@ -282,17 +227,6 @@ def _with_edge(edge: Tensor | None, extra: Tensor | None, like: Tensor) -> Tenso
     return row if extra is None else torch.cat([row.expand(extra.shape[0], -1, -1, -1), extra], 1)
 
 
-def _key_bias(call: Call, acc: torch.dtype) -> Tensor | None:
-    """key_padding_mask as [B, N] in the accumulation type, -inf where ignored."""
-    mask = call.key_padding_mask
-    if mask is None:
-        return None
-    mask = mask.reshape(mask.shape[0], -1)
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=acc, device=mask.device).masked_fill(mask, -torch.inf)
-    return mask.to(acc)
-
-
 def run_reference(
     call: Call, seed: Tensor | None, compute_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -329,7 +263,7 @@ def run_reference(
             extra_k=part(call.extra_k, 2),
             extra_v=part(call.extra_v, 2),
             extra_bias=part(call.extra_bias, 0),
-            key_bias=_key_bias(call, accumulator(q.dtype)),
+            key_bias=shared.key_bias(call.key_padding_mask, accumulator(q.dtype)),
             attn_mask=mask if mask is None or mask.dim() == 3 or mask.shape[1] == 1 else part(mask, 1),
             activation=call.activation,
             dropout_p=call.dropout_p,

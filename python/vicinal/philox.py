@@ -45,3 +45,10 @@ def keep(seed: Tensor, dropout_p: float, query_token: Tensor, batch_head: Tensor
     q, bh, group = torch.broadcast_tensors(q, bh, groups)
     words = torch.stack(philox(seed.long(), group, q, bh, torch.zeros_like(q)), dim=-1)
     return (words >= threshold(dropout_p)).flatten(-2)[..., :slots]
+
+
+def keep_at(seed: Tensor, dropout_p: float, query_token: Tensor, batch_head: Tensor, slot: Tensor) -> Tensor:
+    """bool: whether each query keeps each of these slots; the three int64 tensors broadcast."""
+    q, bh, slot = torch.broadcast_tensors(query_token.long(), batch_head.long(), slot.long())
+    words = torch.stack(philox(seed.long(), slot // 4, q, bh, torch.zeros_like(q)), dim=-1)
+    return words.gather(-1, (slot % 4)[..., None]).squeeze(-1) >= threshold(dropout_p)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from . import _backends
+from . import _check as checks
 from . import _windowed_check as check
-from ._windowed_run import prepare, problem_key, problem_of, run
+from ._choice import problem_of
+from ._windowed_run import prepare, problem_key, run
 from ._windowed_types import RelativeBias, Size, Windows
 
 __all__ = ["RelativeBias", "Windows", "windowed_attention", "windowed_attention_qkvpacked"]
@@ -132,7 +134,7 @@ def windowed_attention_qkvpacked(
         >>> windowed_attention_qkvpacked(qkv, 7).shape
         torch.Size([2, 14, 14, 4, 32])
     """
-    check.check_packed(qkv)
+    checks.packed(qkv)
     options = (bias, scale, logit_scale, edge_k, edge_v, extra_k, extra_v, extra_bias)
     more = (key_padding_mask, attn_mask, activation, dropout_p)
     if torch.is_autocast_enabled(qkv.device.type):
@@ -153,7 +155,7 @@ def _explained(*args: Any, **kwargs: Any) -> Any:
 def _explained_packed(*args: Any, **kwargs: Any) -> Any:
     values = _bound(windowed_attention_qkvpacked, args, kwargs)
     backend, qkv = values.pop("backend"), values.pop("qkv")
-    check.check_packed(qkv)
+    checks.packed(qkv)
     q, k, v = qkv.unbind(-3)
     return problem_of(problem_key(prepare(q, k, v, **values))), backend
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from vicinal import _backends, _launch, _windowed_op, _windowed_run
 from vicinal._attend import AttendCall, AttendGrads
-from vicinal._family import define
 
 from .conftest import CSRC, HERE, HostBuild, run_program
 
@@ -101,7 +100,7 @@ def only_here(device: str) -> str:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW = _launch.Launchers("emulated", forward, backward, ("cpu",), DTYPES, only_here, max_head_dim=256)
-define(_windowed_op.WINDOWED, "emulated", _windowed_op._forward(ROW), _windowed_op._backward(ROW))
+_windowed_op.WINDOWED.define(ROW)
 
 
 @contextmanager
