@@ -13,9 +13,11 @@ from . import _backends, reference_linear
 from . import _linear_check as check
 from ._linear_maps import ELEMENTWISE, FeatureMap
 from ._linear_op import linear_op
-from ._windowed_run import ProblemKey
 
 CHANNEL_DECAY = "decay per channel"
+
+# device, dtype, head_dim, head_dim_v, features, arch: constants to torch.compile, which makes no Problem
+ProblemKey = tuple[str, torch.dtype, int, int, tuple[str, ...], int | None]
 
 
 class LinearState(NamedTuple):

@@ -24,8 +24,9 @@ from .conftest import CSRC, HERE, HostBuild, run_program
 
 # The members of csrc/attend.h as struct codes: i int32, q int64, d double, P pointer.
 ROWS = "Pqqq"
-ATTEND = f"iiqiiiqq{ROWS * 3}PPqiiddPqPPqPPqqq{ROWS * 2}iidPii"
-LAYOUTS = {"fwd": f"{ATTEND}{ROWS}Pq", "bwd": f"{ATTEND}{ROWS * 2}PPq{ROWS * 3}P{ROWS * 2}"}
+PLAN = "PPqiii"
+ATTEND = f"iiqiiiiqq{ROWS * 3}{PLAN}ddPqPPqPPqqq{ROWS * 2}iidPiii"
+LAYOUTS = {"fwd": f"{ATTEND}{ROWS}Pq", "bwd": f"{ATTEND}{ROWS * 2}PPq{ROWS * 3}P{ROWS * 2}{PLAN}"}
 SOURCES = [HERE / "attend_driver.cpp", *sorted((CSRC / "cuda").glob("attend_*.cu"))]
 
 
@@ -62,7 +63,7 @@ class Emulation:
 
     def _case(self, kind: str, arguments: tuple[int | float, ...], buffers: list[tuple[int, int]]) -> bytes:
         layout = LAYOUTS[kind].replace("P", "q")
-        params = struct.pack(f"@{layout}", *arguments)
+        params = struct.pack(f"@{layout}0q", *arguments)
         pointers = [
             struct.calcsize(f"@{layout[: i + 1]}") - 8 for i, code in enumerate(LAYOUTS[kind]) if code == "P"
         ]
@@ -78,8 +79,9 @@ emulation: list[Emulation] = []
 
 def tensors_of(call: AttendCall) -> list[Tensor]:
     values = [getattr(call, name) for name in AttendCall.__slots__]
-    assert call.plan is not None
-    return [call.plan.axes, call.plan.rows, *(v for v in values if isinstance(v, Tensor))]
+    plans = [call.plan] if call.plan.key_plan is None else [call.plan, call.plan.key_plan]
+    tables = [table for plan in plans for table in (plan.axes, plan.rows)]
+    return [*tables, *(v for v in values if isinstance(v, Tensor))]
 
 
 def forward(call: AttendCall) -> None:
