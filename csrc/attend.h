@@ -19,7 +19,9 @@ struct Rows {
 // One position on one axis of a box. A slot of a box adds up the entries of its axes:
 //   token  = sum of .token   (a row of the tensor; negative: the slot is a pad)
 //   region = sum of .region  (one bit per axis; slots of different regions get mask_value)
-//   code   = sum of .code    (bias index of a pair = code of the query slot + code of the key slot)
+//   code   = sum of .code    (bias index of a pair = code of the query slot + code of the key slot; the codes
+//   of
+//            a key box are distinct, or all 0 where the table has one entry besides those of extra rows)
 //   coord  = sum of .coord   (key slots of a row with ranges: its place in the key box, a bit field per axis)
 // In a row with kRowRanges the key box holds more than each query reads: there `region` and `coord` of a
 // query slot are the first and the last coord that it sees, per field (visible() in pattern.h). Other pairs

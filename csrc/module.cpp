@@ -19,6 +19,7 @@ void bind_cpu(py::module_& m);
 void bind_hash(py::module_& m);
 void bind_joint(py::module_& m);
 void bind_cuda(py::module_& m);
+void bind_sort(py::module_& m);
 void bind_linear(py::module_& m);
 }  // namespace vicinal
 
@@ -56,5 +57,6 @@ PYBIND11_MODULE(_C, m) {
   vicinal::bind_hash(m);
   vicinal::bind_joint(m);
   vicinal::bind_cuda(m);
+  vicinal::bind_sort(m);
   vicinal::bind_linear(m);
 }

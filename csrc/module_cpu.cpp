@@ -103,6 +103,7 @@ void bind_cpu(py::module_& m) {
   m.def("slot_entries", &slot_entries, py::arg("axes"), py::arg("begin"), py::arg("extent"));
   m.def("bias_index", &bias_index);
   m.def("crosses", &crosses);
+  m.def("visible", &visible);
   m.def("philox", &philox_words);
   m.def("dropout_threshold", &dropout_threshold);
 }

@@ -1,26 +1,23 @@
-"""Named windowed problems, shared by the tests and the benchmarks, and the one rule that a result is judged
-by.
+"""Named windowed problems, shared by the tests and the benchmarks.
 
 A problem is everything but the numbers: `make` draws the tensors, `run` calls `windowed_attention`, `solve`
 also differentiates, `exact` is the float64 solution, `dense_errors` those of plain PyTorch in the problem's
-own dtype, and `compare` is the rule. Nothing here imports pytest.
+own dtype, and `compare` is the rule of rule.py. Nothing here imports pytest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
+import rule
 import torch
+from rule import INF, TRAINED, accumulator, compare, differentiate, widened
 from torch import Tensor
 from windowed_problems import BY_NAME, PROBLEMS, Problem
 
 from vicinal import RelativeBias, windowed_attention, windowed_attention_qkvpacked
 from vicinal._windowed_run import geometry_of, prepare, run_reference
-
-TRAINED = ("q", "k", "v", "bias", "logit_scale", "edge_k", "edge_v", "extra_k", "extra_v", "extra_bias")
-INF = float("inf")
 
 __all__ = [
     "BY_NAME",
@@ -41,10 +38,6 @@ __all__ = [
     "violations",
     "widened",
 ]
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def counts(problem: Problem) -> tuple[int, int, int]:
@@ -208,37 +201,14 @@ def run(problem: Problem, tensors: dict[str, Tensor], backend: str | None = None
 
 def upstream(problem: Problem, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Gradients of out and lse."""
-    generator = torch.Generator().manual_seed(99)
     rows = (problem.batch, *problem.query_space, problem.heads)
-    dout = torch.randn(*rows, problem.value_dim, generator=generator, dtype=torch.float64)
-    dlse = torch.randn(rows, generator=generator, dtype=torch.float64)
-    return dout.to(device, dtype), dlse.to(device, accumulator(dtype))
-
-
-def differentiate(
-    outputs: Sequence[Tensor], grads: Sequence[Tensor], tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """out, lse and the gradient of every trained tensor ("dq", "dk", ..) for these gradients of the
-    outputs."""
-    leaves = {name: t for name, t in tensors.items() if t.requires_grad}
-    upstream = [g.to(x.dtype) for g, x in zip(grads, outputs)]
-    found = torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
-    results = {f"d{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), found)}
-    return {**{n: x.detach() for n, x in zip(("out", "lse"), outputs)}, **results}
+    return rule.upstream(rows, problem.value_dim, dtype, device)
 
 
 def solve(problem: Problem, tensors: dict[str, Tensor], backend: str | None = None) -> dict[str, Tensor]:
     """Outputs and gradients of the public function."""
     q = tensors["q"]
     return differentiate(run(problem, tensors, backend), upstream(problem, q.dtype, str(q.device)), tensors)
-
-
-def widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same numbers in float64, as leaves."""
-    return {
-        name: (t.detach().double() if t.is_floating_point() else t).requires_grad_(name in TRAINED)
-        for name, t in tensors.items()
-    }
 
 
 def exact(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -250,31 +220,10 @@ def exact(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def dense_errors(
     problem: Problem, tensors: dict[str, Tensor], exact_results: dict[str, Tensor]
 ) -> dict[str, float]:
-    """Per output and gradient max|dense - x64|, with dense plain PyTorch, every step in the problem's own
-    dtype.
-
-    A rounding error is a draw, so this takes the largest of three: the values pass through a factor c and
-    back, the scores through c and 1 / c, and once the sums over the head dimension run backwards. float64 has
-    no wider type to be measured against: there it is the error in float32, scaled by the ratio of the two
-    precisions.
-    """
-    if tensors["q"].dtype == torch.float64:
-        single = {name: t.detach().float() if t.is_floating_point() else t for name, t in tensors.items()}
-        single = {name: t.requires_grad_(name in TRAINED) for name, t in single.items()}
-        errors = dense_errors(problem, single, exact(problem, single))
-        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        return {name: error * ratio for name, error in errors.items()}
-    runs = [
-        _dense(problem, tensors, c, backwards) for c, backwards in ((1.0, False), (3.0, True), (5.0, False))
-    ]
-    return {name: max(_error(other[name], x) for other in runs) for name, x in exact_results.items()}
-
-
-def _error(x: Tensor, truth: Tensor) -> float:
-    """The largest difference where truth is finite; infinite where only x is not."""
-    finite = truth.isfinite()
-    difference = x.double()[finite] - truth.double()[finite]
-    return _largest(difference.nan_to_num(nan=INF, posinf=INF, neginf=INF))
+    """`rule.dense_errors` of the reference in the problem's own dtype."""
+    return rule.dense_errors(
+        tensors, exact_results, lambda given: exact(problem, given), lambda *given: _dense(problem, *given)
+    )
 
 
 def _dense(problem: Problem, tensors: dict[str, Tensor], c: float, backwards: bool) -> dict[str, Tensor]:
@@ -301,38 +250,6 @@ def _dense(problem: Problem, tensors: dict[str, Tensor], c: float, backwards: bo
     return differentiate(outputs, upstream(problem, q.dtype, str(q.device)), tensors)
 
 
-def compare(
-    got: dict[str, Tensor], exact_results: dict[str, Tensor], errors: dict[str, float], dtype: torch.dtype
-) -> list[str]:
-    """The rule: for every output and gradient,
-
-        max|x - x64| <= 2 max|dense - x64| + 4 eps(dtype) max|x64| + tiny(dtype)
-
-    with x64 = `exact` and max|dense - x64| from `dense_errors`; infinities must agree and nothing may be NaN.
-    tiny is the smallest normal number: a kernel may flush what is below it, like exp(-100) in float32.
-    Returns a line per violation.
-    """
-    wrong = []
-    if set(got) != set(exact_results):
-        wrong.append(f"results are {sorted(got)}; expected {sorted(exact_results)}")
-    for name in set(got) & set(exact_results):
-        x, truth = got[name].double(), exact_results[name].double()
-        assert not truth.isnan().any(), f"the float64 {name} has NaN"
-        if x.shape != truth.shape:
-            wrong.append(f"{name} has shape {list(x.shape)}; expected {list(truth.shape)}")
-            continue
-        infinite = truth.isinf()
-        if not torch.equal(x[infinite], truth[infinite]) or not x[~infinite].isfinite().all():
-            wrong.append(f"{name} has NaN or other infinities than the float64 result")
-            continue
-        limits = torch.finfo(dtype)
-        bound = 2 * errors[name] + 4 * limits.eps * _largest(truth[~infinite]) + limits.tiny
-        assert bound < INF, f"the dense {name} is NaN or infinite, so nothing could fail"
-        if not _error(x, truth) <= bound:
-            wrong.append(f"{name}: error {_error(x, truth):.3g} is above {bound:.3g}")
-    return wrong
-
-
 def violations(
     problem: Problem, dtype: torch.dtype, backend: str | None = None, device: str = "cpu", seed: int = 0
 ) -> list[str]:
@@ -340,7 +257,3 @@ def violations(
     tensors = make(problem, dtype, device, seed)
     truth = exact(problem, tensors)
     return compare(solve(problem, tensors, backend), truth, dense_errors(problem, tensors, truth), dtype)
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.abs().max()) if x.numel() else 0.0

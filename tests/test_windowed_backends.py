@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from backends_support import device_of, op_backends, op_backends_and_dtypes, reason_against
+from dispatch_modes import Replaced
 from problems import (
     BY_NAME,
     PROBLEMS,
@@ -25,7 +26,6 @@ from problems import (
     solve,
 )
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vicinal import RelativeBias, Windows, _backends, _windowed_run, windowed_attention
 
@@ -126,20 +126,6 @@ def test_ignored_keys_may_hold_anything(name: str, backend: str) -> None:
         assert torch.equal(x, expected[n]), n
     assert not got["dk"].masked_select(ignored).any()
     assert not got["dv"].masked_select(ignored).any()
-
-
-class Replaced(TorchDispatchMode):
-    """Calls of one op return what `make` makes of their arguments."""
-
-    def __init__(self, op: Any, result: Any) -> None:
-        super().__init__()
-        self.op, self.result, self.calls = op, result, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is self.op:
-            self.calls += 1
-            return self.result(*args)
-        return func(*args, **(kwargs or {}))
 
 
 MIXED = [

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from dispatch_modes import refused
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vicinal import RelativeBias, Windows, explain, windowed_attention, windowed_attention_qkvpacked
 
@@ -31,25 +31,6 @@ def call(windows: Any = 2, **changes: Any) -> Any:
         **changes,
     }
     return windowed_attention(windows=windows, **given)
-
-
-class NoLaunch(TorchDispatchMode):
-    """Fails when an op of vicinal or a matrix product runs."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func.namespace != "vicinal", f"{func} ran"
-        assert func not in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default)
-        return func(*args, **(kwargs or {}))
-
-
-def refused(
-    error: type[Exception], words: str, function: Callable[..., Any], *args: Any, **options: Any
-) -> None:
-    """`function` raises `error`, and its message has each of the words (separated by |)."""
-    with pytest.raises(error) as caught, NoLaunch():
-        function(*args, **options)
-    for word in words.split("|"):
-        assert word in str(caught.value), f"{word!r} is not in {str(caught.value)!r}"
 
 
 WINDOWS = [

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from backends_support import device_of, op_backends
+from dispatch_modes import Recorded
 from problems import BY_NAME, TRAINED, make, run, solve
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from vicinal import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
@@ -31,20 +31,6 @@ OPCHECKED = (
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> None:
     torch._dynamo.reset()  # the tests compile the same code for many problems, more than torch's limit
-
-
-class Recorded(TorchDispatchMode):
-    """The arguments of every call of an op of vicinal."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "vicinal":
-            detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-            self.calls.append((func, detached))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", [*OPCHECKED, "qkvpacked"])

@@ -13,6 +13,9 @@
 #include "weights.h"
 
 namespace vicinal::VICINAL_ISA {
+
+void attend_ranges_fwd(const AttendFwd& p, int threads);
+
 namespace {
 
 template <class S, class T>
@@ -184,6 +187,7 @@ void run(const AttendFwd& p, int threads) {
 }  // namespace
 
 void attend_fwd(const AttendFwd& p, int threads) {
+  if (p.a.plan.guard) return attend_ranges_fwd(p, threads);
   switch (p.a.dtype) {
     case kF32:
       return run<float, float>(p, threads);

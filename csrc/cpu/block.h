@@ -100,6 +100,7 @@ struct Block {
 
   const Attend& a;
   const int32_t D, Dv, Dp, Dvp;  // the head dimensions, and rounded up to whole vectors
+  const int32_t group;           // query heads per key head
   int64_t k_most, q_most;        // slots, rounded up to whole vectors
   T unit;                        // scores are kept in units of log 2 for the softmax
   Slots<T> slots[2];
@@ -134,6 +135,7 @@ struct Block {
         Dv(attend.head_dim_v),
         Dp(round_up(attend.head_dim, kN)),
         Dvp(round_up(attend.head_dim_v, kN)),
+        group(attend.heads / attend.kv_heads),
         k_most(round_up(attend.plan.k_slots + attend.n_extra - attend.edge_row, kN)),
         q_most(round_up(attend.plan.q_slots, kN)),
         unit(attend.activation == kSoftmax ? T(kLog2E) : T(1)) {}
@@ -197,9 +199,9 @@ struct Block {
   const T* bias_of(int32_t h) const { return bias ? bias + (h - bias_heads_begin) * bias_stride() : nullptr; }
 
   const S* key_row(const Slots<T>& x, const Rows& t, const Rows& extra, int32_t h, int32_t j) const {
-    const int32_t source = x.k_source[j];
-    if (source >= 0) return row_of<S>(t, x.b, source, h);
-    return source == Slots<T>::kExcluded ? zeros : row_of<S>(extra, x.b, Slots<T>::kExtra - source, h);
+    const int32_t source = x.k_source[j], kv = h / group;
+    if (source >= 0) return row_of<S>(t, x.b, source, kv);
+    return source == Slots<T>::kExcluded ? zeros : row_of<S>(extra, x.b, Slots<T>::kExtra - source, kv);
   }
   [[gnu::noinline]] void locate(const Slots<T>& x, int32_t h, Addresses<S>& to) const {
     to.b = x.b, to.row = x.row, to.h = h, to.nq = x.nq, to.nk = x.nk;
@@ -211,8 +213,8 @@ struct Block {
       to.q[i] = zeros, to.to_q[i] = nullptr;
       if (to.dout) to.dout[i] = zeros;
     }
-    locate_rows<S>(a.k, x.b, h, x.k_source, x.nk, to.k);
-    locate_rows<S>(a.v, x.b, h, x.k_source, x.nk, to.v);
+    locate_rows<S>(a.k, x.b, h / group, x.k_source, x.nk, to.k);
+    locate_rows<S>(a.v, x.b, h / group, x.k_source, x.nk, to.v);
     if (to.to_k) locate_rows<S>(write_k, x.b, h, x.k_token, x.nk, to.to_k);
     if (to.to_v) locate_rows<S>(write_v, x.b, h, x.k_token, x.nk, to.to_v);
     for (int32_t j = 0; x.k_special && j < x.nk; ++j) {
@@ -383,6 +385,7 @@ struct Block {
 
   // Multiplies x (laid out like s) by keep / (1 - p).
   void drop(int32_t h, T* x) const {
+    if (a.drop_by_token) return drop_by_token(h, x);
     const uint32_t limit = dropout_threshold(a.dropout_p);
     const T kept = T(1 / (1 - a.dropout_p));
     const uint32_t bh = static_cast<uint32_t>(now->b * a.head_total + a.head_offset + h);
@@ -392,6 +395,20 @@ struct Block {
         const Philox4 w = dropout_words(seed, static_cast<uint32_t>(j / 4), now->q_token[q0 + c], bh);
         for (int32_t u = 0; u < 4 && j + u < now->nk; ++u)
           x[int64_t(j + u) * kBlockQueries + c] *= w.x[u] >= limit ? kept : T(0);
+      }
+    }
+  }
+  void drop_by_token(int32_t h, T* x) const {
+    const uint32_t limit = dropout_threshold(a.dropout_p);
+    const T kept = T(1 / (1 - a.dropout_p));
+    const uint32_t bh = static_cast<uint32_t>(now->b * a.head_total + a.head_offset + h);
+    const uint64_t seed = static_cast<uint64_t>(*a.seed);
+    for (int32_t j = 0; j < now->nk; ++j) {
+      const int64_t slot = j < now->box ? now->k_token[j] : a.n_k + a.edge_row + j - now->box;
+      if (slot < 0) continue;  // a pad
+      for (int32_t c = 0; c < n; ++c) {
+        const Philox4 w = dropout_words(seed, static_cast<uint32_t>(slot / 4), now->q_token[q0 + c], bh);
+        x[int64_t(j) * kBlockQueries + c] *= w.x[slot % 4] >= limit ? kept : T(0);
       }
     }
   }

@@ -31,12 +31,15 @@ inline int64_t at_least(int64_t x, int64_t low) { return x < low ? low : x; }
 // head_bytes: what a head keeps in the cache; flops: of one item and head.
 inline Schedule make_schedule(const Attend& a, int64_t head_bytes, double flops) {
   constexpr int64_t kCacheBytes = 384 * 1024, kFewest = 16, kMostItemChunks = 32;
+  // Every chunk expands the bias, and adds its gradient to the table: as much work as half an item of 7 x 7.
+  const int64_t least_items = a.bias ? 4 : 1;
   Schedule s;
   s.items = a.batch * a.plan.n_rows;
   int64_t heads = a.heads;
   if (a.bias) heads = at_least(kCacheBytes / at_least(head_bytes, 1), 1);
   if (heads > a.heads) heads = a.heads;
-  while (heads > 1 && s.items * ((a.heads + heads - 1) / heads) < kFewest) heads = (heads + 1) / 2;
+  const int64_t runs = at_least(s.items / least_items, 1);
+  while (heads > 1 && runs * ((a.heads + heads - 1) / heads) < kFewest) heads = (heads + 1) / 2;
   s.groups = static_cast<int32_t>((a.heads + heads - 1) / heads);
   s.group_heads = static_cast<int32_t>((a.heads + s.groups - 1) / s.groups);
   s.groups = (a.heads + s.group_heads - 1) / s.group_heads;
@@ -44,7 +47,7 @@ inline Schedule make_schedule(const Attend& a, int64_t head_bytes, double flops)
   const double item_flops = flops * s.group_heads;
   int64_t most = at_least(static_cast<int64_t>(s.items * item_flops / kChunkFlops), 1);
   if (most > kMostItemChunks) most = kMostItemChunks;
-  if (most > s.items) most = s.items;
+  if (most > runs) most = runs;
   s.chunk_items = at_least((s.items + at_least(most, 1) - 1) / at_least(most, 1), 1);
   s.item_chunks = (s.items + s.chunk_items - 1) / s.chunk_items;
   return s;

@@ -2,7 +2,7 @@
 // pair.
 #pragma once
 
-#include "tile.cuh"
+#include "ranges.cuh"
 
 namespace vicinal::cuda {
 
@@ -11,6 +11,7 @@ struct Logits {
   const float *bias, *mask;  // bias of the head; mask [q_slots, k_slots] of the window and head, or null
   float scale, mask_value;
   int32_t mask_keys;  // slots of the key box: extra rows have no mask
+  int32_t guard;      // of a row with ranges, otherwise 0
   bool softmax;
 
   __device__ Logits(const Attend& a, const Window& w)
@@ -19,6 +20,7 @@ struct Logits {
         scale(static_cast<float>(a.scale)),
         mask_value(static_cast<float>(a.mask_value)),
         mask_keys(a.plan.k_slots),
+        guard(a.plan.rows[w.row].flags & kRowRanges ? a.plan.guard : 0),
         softmax(a.activation == kSoftmax) {
     if (a.bias) bias = static_cast<const float*>(a.bias) + w.head * a.bias_size;
     if (a.mask) {
@@ -31,11 +33,12 @@ struct Logits {
   __device__ float operator()(float dot, const QuerySlot& q, const KeySlot& k, int i, int j) const {
     if (k.token == kNone || q.token == kNone) return minus_infinity();
     const bool in_box = k.region >= 0;
+    if (guard && in_box && !visible(q.region, q.coord, k.coord, guard)) return minus_infinity();
     float s = fmaf(dot, scale * q.scale * k.scale, k.add);
     if (bias) s += bias[in_box ? bias_index(q.code, k.code) : k.code];
     if (!in_box) return s;
     if (mask) s += mask[static_cast<int64_t>(i) * mask_keys + j];
-    if (crosses(q.region, k.region)) s = softmax ? s + mask_value : minus_infinity();
+    if (!guard && crosses(q.region, k.region)) s = softmax ? s + mask_value : minus_infinity();
     return s;
   }
 };
@@ -48,32 +51,45 @@ static __device__ __noinline__ uint2 dropout_pair(uint64_t seed, uint32_t batch_
   return slot % 4 == 2 ? make_uint2(words.x[2], words.x[3]) : make_uint2(words.x[0], words.x[1]);
 }
 
-// Factors keep / (1 - p) of one window and head.
+// Factors keep / (1 - p) of one sample and head.
 struct Dropout {
   uint64_t seed = 0;
   uint32_t batch_head = 0, threshold = 0;
+  int32_t n_k = -1;  // tokens of k where the words are those of key tokens, not slots
   float kept = 1.0f;
 
-  __device__ Dropout(const Attend& a, const Window& w) {
+  __device__ Dropout(const Attend& a, int64_t batch, int head) {
     threshold = dropout_threshold(a.dropout_p);
     if (!threshold) return;
     seed = static_cast<uint64_t>(*a.seed);
-    batch_head = static_cast<uint32_t>(w.batch * a.head_total + a.head_offset + w.head);
+    if (a.drop_by_token) n_k = static_cast<int32_t>(a.n_k);
     kept = static_cast<float>(1.0 / (1.0 - a.dropout_p));
+    set_head(a, batch, head);
+  }
+
+  __device__ void set_head(const Attend& a, int64_t batch, int head) {
+    batch_head = static_cast<uint32_t>(batch * a.head_total + a.head_offset + head);
   }
 
   __device__ bool on() const { return threshold != 0; }
   __device__ float factor(uint32_t word) const { return word >= threshold ? kept : 0.0f; }
 
-  // Slots `slot` (even) and slot + 1 of one query.
-  __device__ float2 pair(int32_t token, int slot) const {
+  // The key slots `slot` (even) and slot + 1 of one query.
+  __device__ float2 pair(int32_t token, int slot, const KeySlot& first, const KeySlot& second) const {
+    if (n_k >= 0) return {word(token, key(first)), word(token, key(second))};
     const uint2 words = dropout_pair(seed, batch_head, token, slot);
     return {factor(words.x), factor(words.y)};
   }
 
-  __device__ float one(int32_t token, int slot) const {
-    const float2 both = pair(token, slot / 2 * 2);
-    return slot % 2 ? both.y : both.x;
+  __device__ float one(int32_t token, int slot, const KeySlot& k) const {
+    return word(token, n_k >= 0 ? key(k) : slot);
+  }
+
+ private:
+  __device__ int key(const KeySlot& k) const { return k.token >= 0 ? k.token : n_k + kExtra - k.token; }
+  __device__ float word(int32_t token, int at) const {
+    const uint2 words = dropout_pair(seed, batch_head, token, at / 2 * 2);
+    return factor(at % 2 ? words.y : words.x);
   }
 };
 

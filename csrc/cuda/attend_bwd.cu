@@ -6,6 +6,8 @@ namespace vicinal::cuda {
 
 namespace {
 
+constexpr int kSharedEntries = 2048;  // most entries of a bias table that warps keep in shared memory
+
 // A warp: delta of one row.
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads) attend_bwd_delta_kernel(AttendBwd p, float* delta) {
@@ -24,76 +26,125 @@ __global__ void __launch_bounds__(kMaxThreads) attend_bwd_delta_kernel(AttendBwd
   if (threadIdx.x % 32 == 0) delta[row] = sum;
 }
 
-// Adds the chunks' bias gradients into the first, and writes the codes of plan row 0 for the next kernel.
+// A warp: dbias of one head and entry, the sum over `blocks` partial tables [blocks, heads, bias_size].
 __global__ void __launch_bounds__(kMaxThreads)
-    attend_bwd_chunks_kernel(Attend a, BwdBuffers buffers, int chunks, int k_total) {
-  const int64_t size = static_cast<int64_t>(a.heads) * a.plan.q_slots * k_total;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kMaxThreads + threadIdx.x;
-  if (i < a.plan.q_slots + a.plan.k_slots) {
-    const PlanRow& row = a.plan.rows[0];
-    const int slot = static_cast<int>(i), key = slot - a.plan.q_slots;
-    buffers.codes[i] = key < 0 ? slot_entry(a.plan.axes, row.q_begin, row.q_extent, slot).code
-                               : slot_entry(a.plan.axes, row.k_begin, row.k_extent, key).code;
-  }
-  if (i >= size) return;
-  float sum = buffers.bias[i];
-  for (int chunk = 1; chunk < chunks; ++chunk) sum += buffers.bias[chunk * size + i];
-  buffers.bias[i] = sum;
-}
-
-// A warp: dbias of one head and entry, the sum over the pairs of slots with this bias index.
-__global__ void __launch_bounds__(kMaxThreads)
-    attend_bwd_bias_kernel(Attend a, BwdBuffers buffers, float* dbias, int k_total) {
+    attend_bwd_bias_kernel(Attend a, const float* partial, float* dbias, int blocks) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * (kMaxThreads / 32) + threadIdx.x / 32;
-  if (at >= a.heads * a.bias_size) return;
-  const int64_t entry = at % a.bias_size;
-  const int q_slots = a.plan.q_slots, k_slots = a.plan.k_slots;
-  const float* gradients = buffers.bias + at / a.bias_size * q_slots * k_total;
-  const int32_t* k_codes = buffers.codes + q_slots;
-  const int extra =
-      static_cast<int>(entry - (a.bias_size - (k_total - k_slots)));  // >= 0: an extra row's own entry
-  int32_t lowest = k_codes[0], highest = k_codes[0];
-  for (int j = 1; j < k_slots; ++j) {
-    lowest = smaller(lowest, k_codes[j]);
-    highest = -smaller(-highest, -k_codes[j]);
-  }
+  const int64_t size = a.heads * a.bias_size;
+  if (at >= size) return;
   float sum = 0.0f;
-  for (int i = threadIdx.x % 32; i < q_slots; i += 32) {
-    const float* row = gradients + static_cast<int64_t>(i) * k_total;
-    if (extra >= 0) {
-      sum += row[k_slots + extra];
-      continue;
-    }
-    const int32_t wanted = static_cast<int32_t>(entry) - buffers.codes[i];
-    if (wanted < lowest || wanted > highest) continue;
-    for (int j = 0; j < k_slots; ++j) {
-      if (bias_index(buffers.codes[i], k_codes[j]) == entry) sum += row[j];
-    }
-  }
+  for (int block = threadIdx.x % 32; block < blocks; block += 32) sum += partial[block * size + at];
   for (int lanes = 16; lanes; lanes /= 2) sum += simt::shfl_xor(sum, lanes);
   if (threadIdx.x % 32 == 0) dbias[at] = sum;
 }
 
-// A block: the gradient of one extra row, summed over the windows of one batch element and head.
+// A block: the gradient of one extra row, summed over the chunks of one batch element and key head.
 __global__ void __launch_bounds__(kMaxThreads)
-    attend_bwd_extra_kernel(AttendBwd p, const float* partial, int edge_slots, int extra_slots) {
+    attend_bwd_extra_kernel(AttendBwd p, const float* partial, KeyPass pass) {
   const Attend& a = p.a;
   uint32_t block = blockIdx.x;
-  const int extra = take_index(block, a.n_extra), head = take_index(block, a.heads);
-  const int slots = edge_slots + extra_slots, dims = a.head_dim + a.head_dim_v;
+  const int extra = take_index(block, a.n_extra), head = take_index(block, a.kv_heads);
+  const int slots = pass.edge_slots + pass.extra_slots, dims = a.head_dim + a.head_dim_v;
   const bool edge = extra < a.edge_row;
-  const int first = edge ? 0 : edge_slots + extra - a.edge_row, last = edge ? edge_slots : first + 1;
-  const float* windows =
-      partial + (static_cast<int64_t>(block) * a.heads + head) * a.plan.n_rows * slots * dims;
+  const int first = edge ? 0 : pass.edge_slots + extra - a.edge_row,
+            last = edge ? pass.edge_slots : first + 1;
+  const float* chunks =
+      partial + (static_cast<int64_t>(block) * a.kv_heads + head) * pass.chunks * slots * dims;
   for (int col = threadIdx.x; col < dims; col += kMaxThreads) {
     float sum = 0.0f;
-    for (int64_t row = 0; row < a.plan.n_rows; ++row) {
-      for (int slot = first; slot < last; ++slot) sum += windows[(row * slots + slot) * dims + col];
+    for (int64_t chunk = 0; chunk < pass.chunks; ++chunk) {
+      for (int slot = first; slot < last; ++slot) sum += chunks[(chunk * slots + slot) * dims + col];
     }
     const bool of_k = col < a.head_dim;
     const Rows& rows = of_k ? p.dextra_k : p.dextra_v;
     if (rows.data) row_of<float>(rows, block, extra, head)[of_k ? col : col - a.head_dim] = sum;
   }
+}
+
+// Bytes of a block that owns `rows` of one side and streams `inner` slots of the other.
+template <class T, class Own, class Inner>
+size_t bwd_bytes(const Tiling& t, int rows, int inner) {
+  return smem_of<Own>(rows) + smem_of<Inner>(inner) + smem_of<T>(rows * t.d_stride) +
+         smem_of<T>(rows * t.dv_stride) + smem_of<T>(inner * t.d_stride) + smem_of<T>(inner * t.dv_stride);
+}
+
+template <class T, int kCols>
+void cut_queries(const AttendBwd& p, Tiling t, BwdPlan& plan) {
+  const Attend& a = p.a;
+  const int entries = static_cast<int>(a.bias_size);
+  plan.q_cut = cut_for(a.plan.q_slots, t.k_total, kInner, [&](int rows, int stages) {
+    return bwd_bytes<T, QuerySlot, KeySlot>(t, rows, stages * kInner);
+  });
+  bool shared = false;
+  if (p.dbias && entries <= kSharedEntries) {  // tables may cost a buffer, but no rows
+    const Cut with = cut_for(a.plan.q_slots, t.k_total, kInner, [&](int rows, int stages) {
+      return bwd_bytes<T, QuerySlot, KeySlot>(t, rows, stages * kInner) +
+             smem_of<float>(rows / 16 * table_floats(entries));
+    });
+    shared = with.rows == plan.q_cut.rows;
+    if (shared) plan.q_cut = with;
+  }
+  t.q_tiles = plan.q_cut.own_tiles;
+  t.k_tiles = plan.q_cut.inner_tiles;
+  t.stages = plan.q_cut.stages;
+  t.parts = ceil_div(t.d_pad, kCols);
+  t.store_pairs = alignment(p.dq, sizeof(T)) >= 4;
+  plan.q = t;
+
+  const int64_t windows = a.batch * a.plan.n_rows;
+  plan.chunks = static_cast<int32_t>(windows);
+  plan.tables = plan.partial = plan.bias;
+  if (!p.dbias || !plan.q_cut.rows) return;
+  // Enough warps to fill the device, few enough tables to stay below 64 Mi floats.
+  const int64_t warps = plan.q_cut.rows / 16, wanted = int64_t{32} * simt::multiprocessors() / warps;
+  const int64_t blocks = int64_t{a.heads} * t.q_tiles;
+  const int64_t scratch = shared ? 0 : warps * table_floats(entries);
+  const int64_t enough = ceil_div(wanted, blocks * t.parts);
+  const int64_t affordable = std::max<int64_t>(1, (int64_t{1} << 26) / (blocks * (entries + scratch)));
+  const int64_t per_chunk = ceil_div(windows, std::min({windows, enough, affordable}));
+  plan.chunks = ceil_div(windows, per_chunk);  // none of them empty
+  plan.tables = plan.bias + plan.chunks * blocks * entries;
+  plan.partial = plan.tables + plan.chunks * blocks * scratch;
+}
+
+// The pass that owns keys, of p.a.plan; extra_only: of its extra rows alone.
+template <class T, int kCols>
+KeyPass cut_keys(const AttendBwd& p, Tiling t, bool extra, bool extra_only) {
+  const Attend& a = p.a;
+  KeyPass pass{};
+  pass.extra_only = extra_only;
+  const int own = (extra_only ? 0 : a.plan.k_slots) + a.n_extra - a.edge_row;
+  const int64_t group = a.kv_heads ? a.heads / a.kv_heads : 1;
+  pass.rows_each = 1;
+  if (extra_only) {
+    const int64_t per_row = std::max<int64_t>(1, a.batch * a.kv_heads);
+    const int64_t wanted = std::max<int64_t>(1, int64_t{32} * simt::multiprocessors() / per_row);
+    pass.rows_each = ceil_div(a.plan.n_rows, std::min(a.plan.n_rows, wanted));
+  }
+  pass.chunks = ceil_div(a.plan.n_rows, pass.rows_each);
+  const int64_t inner = std::min<int64_t>(2 * kInner, a.plan.q_slots * group * pass.rows_each);
+  pass.cut = cut_for(own, static_cast<int>(inner), kInner, [&](int rows, int stages) {
+    return bwd_bytes<T, KeySlot, QuerySlot>(t, rows, stages * kInner) +
+           (extra ? smem_of<float>(rows * kCols) : 0);
+  });
+  t.k_tiles = pass.cut.own_tiles;
+  t.q_tiles = ceil_div(a.plan.q_slots, kInner);
+  t.stages = pass.cut.stages;
+  t.parts = ceil_div(std::max(t.d_pad, t.dv_pad), kCols);
+  t.store_pairs = std::min(alignment(p.dk, sizeof(T)), alignment(p.dv, sizeof(T))) >= 4;
+  pass.t = t;
+  pass.edge_slots = extra && a.edge_row ? t.k_tiles : 0;
+  pass.extra_slots = extra ? a.n_extra - a.edge_row : 0;
+  return pass;
+}
+
+// p for the pass that owns keys: without what the rows of key_plan do not have.
+AttendBwd of_keys(AttendBwd p) {
+  p.a.plan = p.key_plan;
+  p.a.n_extra = p.a.edge_row = 0;
+  p.a.mask = nullptr;
+  p.dextra_k.data = p.dextra_v.data = nullptr;
+  return p;
 }
 
 template <class T, int kCols>
@@ -102,93 +153,72 @@ BwdPlan plan_of(const AttendBwd& p) {
   BwdPlan plan{};
   Tiling t = tiling_of<T>(a, kCols);
   t.out_align = alignment(p.dout, sizeof(T));
-  const bool extra = a.n_extra && (p.dextra_k.data || p.dextra_v.data);
-  auto bytes = [&](int rows, int stages) {
-    return smem_of<QuerySlot>(rows) + smem_of<KeySlot>(stages * kInner) + smem_of<T>(rows * t.d_stride) +
-           smem_of<T>(rows * t.dv_stride) + smem_of<T>(stages * kInner * t.d_stride) +
-           smem_of<T>(stages * kInner * t.dv_stride);
-  };
-  plan.q = plan.kv = t;
-  plan.q_cut = cut_for(a.plan.q_slots, t.k_total, kInner, bytes);
-  plan.q.q_tiles = plan.q_cut.own_tiles;
-  plan.q.k_tiles = plan.q_cut.inner_tiles;
-  plan.q.stages = plan.q_cut.stages;
-  plan.q.parts = ceil_div(t.d_pad, kCols);
-  plan.q.store_pairs = alignment(p.dq, sizeof(T)) >= 4;
-  plan.kv_cut = cut_for(t.k_total, a.plan.q_slots, kInner, [&](int rows, int stages) {
-    return smem_of<KeySlot>(rows) + smem_of<QuerySlot>(stages * kInner) - smem_of<QuerySlot>(rows) -
-           smem_of<KeySlot>(stages * kInner) + bytes(rows, stages) +
-           (extra ? smem_of<float>(rows * kCols) : 0);
-  });
-  plan.kv.k_tiles = plan.kv_cut.own_tiles;
-  plan.kv.q_tiles = plan.kv_cut.inner_tiles;
-  plan.kv.stages = plan.kv_cut.stages;
-  plan.kv.parts = ceil_div(std::max(t.d_pad, t.dv_pad), kCols);
-  plan.kv.store_pairs = std::min(alignment(p.dk, sizeof(T)), alignment(p.dv, sizeof(T))) >= 4;
-
-  const int64_t windows = a.batch * a.plan.n_rows;
-  const int64_t partial = static_cast<int64_t>(a.heads) * a.plan.q_slots * t.k_total;
-  plan.chunks = static_cast<int32_t>(windows);
-  if (p.dbias) {  // enough blocks to fill the device, few enough partial sums to stay below 64 Mi floats
-    const int64_t blocks = int64_t{8} * simt::multiprocessors();
-    const int64_t enough =
-        ceil_div(blocks, std::max<int64_t>(1, int64_t{a.heads} * plan.q.q_tiles * plan.q.parts));
-    const int64_t affordable = std::max<int64_t>(1, (int64_t{1} << 26) / partial);
-    const int64_t per_chunk = ceil_div(windows, std::min({windows, enough, affordable}));
-    plan.chunks = ceil_div(windows, per_chunk);  // none of them empty
-  }
-  plan.edge_slots = extra && a.edge_row ? plan.kv.k_tiles : 0;
-  plan.extra_slots = extra ? a.n_extra - a.edge_row : 0;
   plan.bias = plan.delta + a.batch * a.n_q * a.heads;
-  plan.codes = plan.bias + (p.dbias ? plan.chunks * partial : 0);
-  plan.extra = plan.codes + (p.dbias ? a.plan.q_slots + a.plan.k_slots : 0);
-  const int64_t slots = plan.edge_slots + plan.extra_slots;
-  plan.total = plan.extra + windows * a.heads * slots * (a.head_dim + a.head_dim_v);
+  cut_queries<T, kCols>(p, t, plan);
+  const bool extra = a.n_extra && (p.dextra_k.data || p.dextra_v.data);
+  plan.own_keys = p.key_plan.n_rows == 0;
+  if (plan.own_keys) {
+    plan.keys = plan.extra = cut_keys<T, kCols>(p, t, extra, false);
+  } else {
+    plan.keys = cut_keys<T, kCols>(of_keys(p), t, false, false);
+    if (extra) plan.extra = cut_keys<T, kCols>(p, t, true, true);
+  }
+  const int64_t slots = plan.extra.edge_slots + plan.extra.extra_slots;
+  plan.total = plan.partial + a.batch * a.kv_heads * plan.extra.chunks * slots * (a.head_dim + a.head_dim_v);
   return plan;
+}
+
+template <class T, int kCols>
+cudaError_t backward_keys(const AttendBwd& p, const BwdPlan& plan, const BwdBuffers& buffers,
+                          cudaStream_t stream) {
+  if (plan.own_keys) return backward_kv<T, kCols>(p, plan.keys, buffers, stream);
+  BwdBuffers no_extra = buffers;
+  no_extra.extra = nullptr;
+  const cudaError_t error = backward_kv<T, kCols>(of_keys(p), plan.keys, no_extra, stream);
+  if (error != cudaSuccess || !buffers.extra) return error;
+  return backward_kv<T, kCols>(p, plan.extra, buffers, stream);
 }
 
 template <class T, int kCols>
 cudaError_t backward(const AttendBwd& p, float* workspace, cudaStream_t stream) {
   const Attend& a = p.a;
   const BwdPlan plan = plan_of<T, kCols>(p);
-  if (!plan.q_cut.rows || !plan.kv_cut.rows) return cudaErrorInvalidConfiguration;
+  const bool extra = plan.extra.edge_slots + plan.extra.extra_slots;
+  if (!plan.q_cut.rows || !plan.keys.cut.rows || (extra && !plan.extra.cut.rows))
+    return cudaErrorInvalidConfiguration;
   BwdBuffers buffers{workspace + plan.delta, nullptr, nullptr, nullptr};
-  if (p.dbias) {
-    buffers.bias = workspace + plan.bias;
-    buffers.codes = reinterpret_cast<int32_t*>(workspace + plan.codes);
-  }
-  if (plan.edge_slots + plan.extra_slots) buffers.extra = workspace + plan.extra;
+  if (p.dbias) buffers.bias = workspace + plan.bias;
+  if (plan.partial > plan.tables) buffers.tables = workspace + plan.tables;
+  if (extra) buffers.extra = workspace + plan.partial;
 
   constexpr int kWarps = kMaxThreads / 32;
   cudaError_t error = launch_blocks(attend_bwd_delta_kernel<T>, ceil_div(a.batch * a.n_q * a.heads, kWarps),
                                     kMaxThreads, 0, stream, p, buffers.delta);
   if (error == cudaSuccess) error = backward_q<T, kCols>(p, plan, buffers, stream);
-  if (error == cudaSuccess) error = backward_kv<T, kCols>(p, plan, buffers, stream);
-  if (p.dbias) {
-    const int64_t size = static_cast<int64_t>(a.heads) * a.plan.q_slots * plan.q.k_total;
-    const int64_t threads = std::max<int64_t>(size, a.plan.q_slots + a.plan.k_slots);
-    if (error == cudaSuccess) {
-      error = launch_blocks(attend_bwd_chunks_kernel, ceil_div(threads, kMaxThreads), kMaxThreads, 0, stream,
-                            a, buffers, plan.chunks, plan.q.k_total);
-    }
-    if (error == cudaSuccess) {
-      error = launch_blocks(attend_bwd_bias_kernel, ceil_div(a.heads * a.bias_size, kWarps), kMaxThreads, 0,
-                            stream, a, buffers, static_cast<float*>(p.dbias), plan.q.k_total);
-    }
+  if (error == cudaSuccess) error = backward_keys<T, kCols>(p, plan, buffers, stream);
+  if (p.dbias && error == cudaSuccess) {
+    error = launch_blocks(attend_bwd_bias_kernel, ceil_div(a.heads * a.bias_size, kWarps), kMaxThreads, 0,
+                          stream, a, static_cast<const float*>(buffers.bias), static_cast<float*>(p.dbias),
+                          plan.chunks * plan.q.q_tiles);
   }
-  if (buffers.extra && error == cudaSuccess) {
-    error = launch_blocks(attend_bwd_extra_kernel, a.batch * a.heads * a.n_extra, kMaxThreads, 0, stream, p,
-                          static_cast<const float*>(buffers.extra), plan.edge_slots, plan.extra_slots);
+  if (extra && error == cudaSuccess) {
+    error = launch_blocks(attend_bwd_extra_kernel, a.batch * a.kv_heads * a.n_extra, kMaxThreads, 0, stream,
+                          p, static_cast<const float*>(buffers.extra), plan.extra);
   }
   return error;
 }
 
 bool nothing_to_do(const Attend& a) { return !a.batch || !a.heads || !a.plan.n_rows || !a.n_q; }
 
+cudaError_t refuse_bwd(const AttendBwd& p) {
+  const bool slots_differ = p.key_plan.n_rows && p.a.dropout_p > 0 && !p.a.drop_by_token;
+  return slots_differ ? cudaErrorInvalidValue : refuse(p.a);
+}
+
 }  // namespace
 
 int64_t attend_bwd_workspace(const AttendBwd& p) {
-  if (nothing_to_do(p.a) || refuse(p.a) != cudaSuccess) return 0;
+  if (nothing_to_do(p.a) || refuse_bwd(p) != cudaSuccess) return 0;
   int64_t floats = 0;
   dispatch(p.a, [&](auto type, auto cols) {
     floats = plan_of<decltype(type), decltype(cols)::value>(p).total;
@@ -199,7 +229,7 @@ int64_t attend_bwd_workspace(const AttendBwd& p) {
 
 int attend_bwd(const AttendBwd& p, void* workspace, void* stream) {
   if (nothing_to_do(p.a)) return cudaSuccess;
-  const cudaError_t refused = refuse(p.a);
+  const cudaError_t refused = refuse_bwd(p);
   if (refused != cudaSuccess) return refused;
   return dispatch(p.a, [&](auto type, auto cols) {
     return backward<decltype(type), decltype(cols)::value>(p, static_cast<float*>(workspace),

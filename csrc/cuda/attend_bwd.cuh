@@ -5,22 +5,38 @@
 
 namespace vicinal::cuda {
 
-// The two passes and the float32 workspace between them and the reductions.
-struct BwdPlan {
-  Tiling q, kv;  // of the pass that owns queries and of the one that owns keys
-  Cut q_cut, kv_cut;
-  int32_t chunks;  // groups of windows that add up their bias gradients in one partial sum
+// What a launch of the pass that owns keys takes: all key slots of a row (and extra rows), or extra rows
+// alone, over several rows.
+struct KeyPass {
+  Tiling t;
+  Cut cut;
   int32_t edge_slots,
-      extra_slots;  // partial sums per window for the edge row (one a tile of keys), and for other extra rows
-  int64_t delta, bias, codes, extra, total;  // offsets in floats, and the size of the workspace
+      extra_slots;            // partial sums for the edge row (one a tile of keys), for other extra rows
+  int32_t chunks, rows_each;  // rows are taken in so many chunks of so many
+  bool extra_only;
+};
+
+// The passes and the float32 workspace between them and the reductions.
+struct BwdPlan {
+  Tiling q;  // of the pass that owns queries
+  Cut q_cut;
+  int32_t chunks;  // groups of windows that add up their bias gradients in one partial sum
+  bool own_keys;   // a.plan owns the keys too
+  KeyPass keys, extra;
+  int64_t delta, bias, tables, partial, total;  // offsets in floats, and the size of the workspace
 };
 
 struct BwdBuffers {
-  float* delta;    // [B, n_q, heads]: rowsum(dout * out) - dlse
-  float* bias;     // [chunks, heads, q_slots, k_total], or null
-  int32_t* codes;  // [q_slots + k_slots] of plan row 0
-  float* extra;    // [B, heads, n_rows, edge_slots + extra_slots, head_dim + head_dim_v], or null
+  float* delta;   // [B, n_q, heads]: rowsum(dout out) - dlse
+  float* bias;    // [chunks, q_tiles, heads, bias_size], or null
+  float* tables;  // the warps' tables of each of these blocks where shared memory does not hold them, or null
+  float* extra;   // [B, kv_heads, chunks, edge_slots + extra_slots, head_dim + head_dim_v], or null
 };
+
+// A warp's table of the bias gradient: 16 rows of 32 gradients on their way there, and the entries. The
+// stride of the rows spreads float2 stores over the banks.
+constexpr int kStageStride = 40;
+__host__ __device__ inline int table_floats(int entries) { return 16 * kStageStride + (entries + 3) / 4 * 4; }
 
 __device__ inline QuerySlot query_slot_bwd(const AttendBwd& p, const float* delta, const Window& w,
                                            int slot) {
@@ -36,7 +52,7 @@ template <class T, int kCols>
 cudaError_t backward_q(const AttendBwd& p, const BwdPlan& plan, const BwdBuffers& buffers,
                        cudaStream_t stream);
 template <class T, int kCols>
-cudaError_t backward_kv(const AttendBwd& p, const BwdPlan& plan, const BwdBuffers& buffers,
+cudaError_t backward_kv(const AttendBwd& p, const KeyPass& pass, const BwdBuffers& buffers,
                         cudaStream_t stream);
 
 // Instances live in attend_bwd_q.cu and attend_bwd_kv.cu.

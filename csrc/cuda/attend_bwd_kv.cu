@@ -1,8 +1,9 @@
 // attend, backward, the pass that owns keys: dk, dv, and partial sums for the extra rows.
 //
-// A block owns up to 64 key slots of one window and head, a warp 16 of them, and sweeps the queries of the
-// window. Scores are computed transposed, keys by queries, so that weights and their gradients are left
-// operands of the products with dout and q.
+// A block owns up to 64 key slots of one window and key head, a warp 16 of them, and sweeps the queries of
+// the window and of all heads that read it; where keys have a plan of their own, another launch takes the
+// extra rows alone through chunks of windows. Scores are computed transposed, keys by queries, so that
+// weights and their gradients are left operands of the products with dout and q.
 #include "attend_bwd.cuh"
 
 namespace vicinal::cuda {
@@ -46,9 +47,10 @@ __device__ __forceinline__ void store_extra(float* partial, int64_t stride, floa
 
 template <class T, int kCols>
 __global__ void __launch_bounds__(kMaxThreads)
-    attend_bwd_kv_kernel(AttendBwd p, Tiling t, BwdBuffers buffers, int edge_slots, int extra_slots) {
+    attend_bwd_kv_kernel(AttendBwd p, KeyPass pass, BwdBuffers buffers) {
   constexpr int N = kInner / 8, M = kCols / 8;
   const Attend& a = p.a;
+  const Tiling& t = pass.t;
   DYN_SMEM(raw);
   SmemCarver carver(raw);
   const int rows = block_rows(), up = warp_row() + lane_group();
@@ -61,35 +63,54 @@ __global__ void __launch_bounds__(kMaxThreads)
   float* stage_rows = carver.take<float>(buffers.extra ? rows * kCols : 0);
 
   uint32_t block = blockIdx.x;
-  const int part = take_index(block, t.parts), head = take_index(block, a.heads),
-            tile = take_index(block, t.k_tiles);
-  const int k_first = tile * rows, first_col = part * kCols;
-  const int row = take_index(block, static_cast<int>(a.plan.n_rows));
-  const Window w{block, head, row};
-  const Logits logit(a, w);
-  const Dropout dropout(a, w);
+  const int part = take_index(block, t.parts), kv_head = take_index(block, a.kv_heads),
+            tile = take_index(block, t.k_tiles), chunk = take_index(block, pass.chunks);
+  const int64_t batch = block;
+  const int first_row = chunk * pass.rows_each, group = head_group(a), first_col = part * kCols;
+  const int row_count = smaller(pass.rows_each, static_cast<int>(a.plan.n_rows) - first_row);
+  const PlanRow& own = a.plan.rows[first_row];
+  const int k_first = tile * rows + (pass.extra_only ? box_slots(own.k_extent) : 0);
+  const int q_tiles = pass.rows_each == 1 ? tiles_of(box_slots(own.q_extent), kInner) : t.q_tiles;
+  if (k_first >= key_count(a, own) && !buffers.extra) return;
+  const Window first_window{batch, kv_head * group, first_row};
+  Dropout dropout(a, batch, 0);
+  // The window and query head of an inner tile, which loses them.
+  auto take_window = [&](int& inner) {
+    const int rest = inner / q_tiles;
+    inner %= q_tiles;
+    return Window{batch, kv_head * group + rest % group, first_row + rest / group};
+  };
 
-  for (int j = threadIdx.x; j < rows; j += blockDim.x) keys[j] = key_slot(a, w, k_first + j);
+  for (int j = threadIdx.x; j < rows; j += blockDim.x) keys[j] = key_slot(a, first_window, k_first + j);
   simt::sync_threads();
-  load_rows(k_tile, t.d_stride, keys, rows, a.k, a.extra_k, w, a.head_dim, t.d_pad, t.k_align);
-  load_rows(v_tile, t.dv_stride, keys, rows, a.v, a.extra_v, w, a.head_dim_v, t.dv_pad, t.v_align);
+  load_rows(k_tile, t.d_stride, keys, rows, a.k, a.extra_k, batch, kv_head, a.head_dim, t.d_pad, t.k_align);
+  load_rows(v_tile, t.dv_stride, keys, rows, a.v, a.extra_v, batch, kv_head, a.head_dim_v, t.dv_pad,
+            t.v_align);
   const KeySlot key[2] = {keys[up], keys[up + 8]};
+  const bool one_row = pass.rows_each == 1;
+  const WarpBox of_warp(keys + warp_row(), one_row && own.flags & kRowRanges ? a.plan.guard : 0);
   float dk[M][4] = {}, dv[M][4] = {};
 
   auto load_slots = [&](int inner, int stage) {
+    const Window w = take_window(inner);
     for (int i = threadIdx.x; i < kInner; i += blockDim.x) {
       queries[stage * kInner + i] = query_slot_bwd(p, buffers.delta, w, inner * kInner + i);
     }
   };
   auto load_tiles = [&](int inner, int stage) {
-    const int count = smaller(kInner, a.plan.q_slots - inner * kInner);
-    load_rows(q_tile + stage * kInner * t.d_stride, t.d_stride, queries + stage * kInner, count, a.q, a.q, w,
-              a.head_dim, t.d_pad, t.q_align);
+    const Window w = take_window(inner);
+    const int count = smaller(kInner, box_slots(a.plan.rows[w.row].q_extent) - inner * kInner);
+    load_rows(q_tile + stage * kInner * t.d_stride, t.d_stride, queries + stage * kInner, count, a.q, a.q,
+              batch, w.head, a.head_dim, t.d_pad, t.q_align);
     load_rows(dout_tile + stage * kInner * t.dv_stride, t.dv_stride, queries + stage * kInner, count, p.dout,
-              p.dout, w, a.head_dim_v, t.dv_pad, t.out_align);
+              p.dout, batch, w.head, a.head_dim_v, t.dv_pad, t.out_align);
   };
-  for_each_tile(t.q_tiles, t.stages, load_slots, load_tiles, [&](int inner, int stage) {
-    const int count = smaller(kInner, a.plan.q_slots - inner * kInner);
+  for_each_tile(q_tiles * group * row_count, t.stages, load_slots, load_tiles, [&](int inner, int stage) {
+    const Window w = take_window(inner);
+    const int count = smaller(kInner, box_slots(a.plan.rows[w.row].q_extent) - inner * kInner);
+    if (of_warp.skips(queries + stage * kInner, count)) return;
+    const Logits logit(a, w);
+    if (dropout.on()) dropout.set_head(a, batch, w.head);
     const T* q_rows = q_tile + stage * kInner * t.d_stride;
     const T* dout_rows = dout_tile + stage * kInner * t.dv_stride;
     float s[N][4] = {}, dp[N][4] = {};
@@ -102,7 +123,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         const int i = 8 * n + 2 * lane_pair() + e % 2, j = k_first + up + e / 2 * 8;
         const QuerySlot q = queries[stage * kInner + i];
         const float logits = logit(s[n][e], q, key[e / 2], inner * kInner + i, j);
-        const float z = dropout.on() ? dropout.one(q.token, j) : 1.0f;
+        const float z = dropout.on() ? dropout.one(q.token, j, key[e / 2]) : 1.0f;
         const PairGrad grad = pair_grad(a.activation, logits, dp[n][e], z, q);
         s[n][e] = grad.p;
         dp[n][e] = grad.ds * q.scale;
@@ -115,20 +136,21 @@ __global__ void __launch_bounds__(kMaxThreads)
   const float scale = static_cast<float>(a.scale);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int32_t token = key_token(a, w, k_first + up + 8 * r);  // of ignored keys too: their gradient is 0
+    // Of ignored keys too: their gradient is 0.
+    const int32_t token = pass.extra_only ? kNone : key_token(a, first_window, k_first + up + 8 * r);
     if (token < 0) continue;
-    store_row<T>(row_of<T>(p.dk, w.batch, token, w.head), dk, r == 1, scale * key[r].scale, first_col,
+    store_row<T>(row_of<T>(p.dk, batch, token, kv_head), dk, r == 1, scale * key[r].scale, first_col,
                  a.head_dim, t.store_pairs);
-    store_row<T>(row_of<T>(p.dv, w.batch, token, w.head), dv, r == 1, 1.0f, first_col, a.head_dim_v,
+    store_row<T>(row_of<T>(p.dv, batch, token, kv_head), dv, r == 1, 1.0f, first_col, a.head_dim_v,
                  t.store_pairs);
   }
   if (buffers.extra) {
     const int64_t stride = a.head_dim + a.head_dim_v;
-    const int64_t window = (w.batch * a.heads + head) * a.plan.n_rows + w.row;
-    float* partial = buffers.extra + window * (edge_slots + extra_slots) * stride;
-    store_extra(partial, stride, stage_rows, dk, keys, scale, tile, edge_slots, a.edge_row, first_col,
+    const int64_t at = (batch * a.kv_heads + kv_head) * pass.chunks + chunk;
+    float* partial = buffers.extra + at * (pass.edge_slots + pass.extra_slots) * stride;
+    store_extra(partial, stride, stage_rows, dk, keys, scale, tile, pass.edge_slots, a.edge_row, first_col,
                 a.head_dim);
-    store_extra(partial + a.head_dim, stride, stage_rows, dv, keys, 1.0f, tile, edge_slots, a.edge_row,
+    store_extra(partial + a.head_dim, stride, stage_rows, dv, keys, 1.0f, tile, pass.edge_slots, a.edge_row,
                 first_col, a.head_dim_v);
   }
 }
@@ -136,15 +158,15 @@ __global__ void __launch_bounds__(kMaxThreads)
 }  // namespace
 
 template <class T, int kCols>
-cudaError_t backward_kv(const AttendBwd& p, const BwdPlan& plan, const BwdBuffers& buffers,
+cudaError_t backward_kv(const AttendBwd& p, const KeyPass& pass, const BwdBuffers& buffers,
                         cudaStream_t stream) {
-  const int64_t blocks = p.a.batch * p.a.plan.n_rows * plan.kv.k_tiles * p.a.heads * plan.kv.parts;
-  return launch_blocks(attend_bwd_kv_kernel<T, kCols>, blocks, 2 * plan.kv_cut.rows, plan.kv_cut.smem, stream,
-                       p, plan.kv, buffers, plan.edge_slots, plan.extra_slots);
+  const int64_t blocks = p.a.batch * pass.chunks * pass.t.k_tiles * p.a.kv_heads * pass.t.parts;
+  return launch_blocks(attend_bwd_kv_kernel<T, kCols>, blocks, 2 * pass.cut.rows, pass.cut.smem, stream, p,
+                       pass, buffers);
 }
 
 #define INSTANCE(T, cols)                                                                        \
-  template cudaError_t backward_kv<T, cols>(const AttendBwd&, const BwdPlan&, const BwdBuffers&, \
+  template cudaError_t backward_kv<T, cols>(const AttendBwd&, const KeyPass&, const BwdBuffers&, \
                                             cudaStream_t);
 FOR_EACH_BWD_INSTANCE(INSTANCE)
 #undef INSTANCE

@@ -65,13 +65,16 @@ __global__ void __launch_bounds__(kMaxThreads) attend_fwd_kernel(AttendFwd p, Ti
   const int row = take_index(block, static_cast<int>(a.plan.n_rows));
   const Window w{block, head, row};
   const int first_col = part * kCols, cols = smaller(kCols, t.dv_pad - first_col);
+  if (q_first >= box_slots(a.plan.rows[row].q_extent)) return;
+  const int kv_head = head / head_group(a), k_total = key_count(a, a.plan.rows[row]);
   const Logits logit(a, w);
-  const Dropout dropout(a, w);
+  const Dropout dropout(a, w.batch, head);
 
   for (int i = threadIdx.x; i < rows; i += blockDim.x) queries[i] = query_slot(a, w, q_first + i);
   simt::sync_threads();
-  load_rows(q_tile, t.d_stride, queries, rows, a.q, a.q, w, a.head_dim, t.d_pad, t.q_align);
+  load_rows(q_tile, t.d_stride, queries, rows, a.q, a.q, w.batch, head, a.head_dim, t.d_pad, t.q_align);
   const QuerySlot q[2] = {queries[up], queries[up + 8]};
+  const WarpBox of_warp(queries + warp_row(), logit.guard);
   float o[M][4] = {}, m[2] = {minus_infinity(), minus_infinity()}, l[2] = {};
 
   auto load_slots = [&](int tile, int stage) {
@@ -79,14 +82,15 @@ __global__ void __launch_bounds__(kMaxThreads) attend_fwd_kernel(AttendFwd p, Ti
       keys[stage * kKeys + j] = key_slot(a, w, tile * kKeys + j);
   };
   auto load_tiles = [&](int tile, int stage) {
-    const int count = smaller(kKeys, t.k_total - tile * kKeys);
-    load_rows(k_tile + stage * kKeys * t.d_stride, t.d_stride, keys + stage * kKeys, count, a.k, a.extra_k, w,
-              a.head_dim, t.d_pad, t.k_align);
+    const int count = smaller(kKeys, k_total - tile * kKeys);
+    load_rows(k_tile + stage * kKeys * t.d_stride, t.d_stride, keys + stage * kKeys, count, a.k, a.extra_k,
+              w.batch, kv_head, a.head_dim, t.d_pad, t.k_align);
     load_rows(v_tile + stage * kKeys * t.dv_stride, t.dv_stride, keys + stage * kKeys, count, a.v, a.extra_v,
-              w, a.head_dim_v, t.dv_pad, t.v_align);
+              w.batch, kv_head, a.head_dim_v, t.dv_pad, t.v_align);
   };
-  for_each_tile(t.k_tiles, t.stages, load_slots, load_tiles, [&](int tile, int stage) {
-    const int count = smaller(kKeys, t.k_total - tile * kKeys);
+  for_each_tile(tiles_of(k_total, kKeys), t.stages, load_slots, load_tiles, [&](int tile, int stage) {
+    const int count = smaller(kKeys, k_total - tile * kKeys);
+    if (of_warp.skips(keys + stage * kKeys, count)) return;
     float s[N][4] = {};
     product_nt(s, q_tile + warp_row() * t.d_stride, t.d_stride, k_tile + stage * kKeys * t.d_stride,
                t.d_stride, t.d_pad, count);
@@ -105,7 +109,9 @@ __global__ void __launch_bounds__(kMaxThreads) attend_fwd_kernel(AttendFwd p, Ti
       for (int n = 0; n < N; ++n) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float2 z = dropout.pair(q[r].token, tile * kKeys + 8 * n + 2 * lane_pair());
+          const int j = 8 * n + 2 * lane_pair();
+          const KeySlot* key = keys + stage * kKeys + j;
+          const float2 z = dropout.pair(q[r].token, tile * kKeys + j, key[0], key[1]);
           s[n][2 * r] *= z.x;
           s[n][2 * r + 1] *= z.y;
         }

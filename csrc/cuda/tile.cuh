@@ -34,7 +34,7 @@ __device__ inline int block_rows() { return blockDim.x / 2; }
 // How a launch is cut, decided in launch.cuh.
 struct Tiling {
   int32_t q_tiles, k_tiles;     // tiles of a row's queries, of its keys and extra rows
-  int32_t k_total;              // slots of keys: box and extra rows
+  int32_t k_total;              // most slots of keys of a row: box and extra rows
   int32_t parts, stages;        // blocks that share the columns of a tile; buffers of the inner loop
   int32_t d_pad, dv_pad;        // head dims rounded up to 16
   int32_t d_stride, dv_stride;  // elements between rows in shared memory
@@ -42,23 +42,32 @@ struct Tiling {
   bool store_pairs;                              // rows that are written are aligned to 4 bytes
 };
 
-// The window that a block works on.
+// The window and query head that a block works on.
 struct Window {
   int64_t batch;
   int32_t head, row;
 };
 
+// Query heads that share a head of k and v.
+__device__ inline int head_group(const Attend& a) { return a.heads / a.kv_heads; }
+
 struct QuerySlot {
-  int32_t token, region, code;  // token kNone: pad
+  int32_t token, region, code, coord;  // token kNone: pad
   float scale, lse, delta;
 };
 
 struct KeySlot {
-  int32_t token, region, code;  // region -1: extra row, whose code is the whole bias index
+  int32_t token, region, code, coord;  // region -1: extra row, whose code is the whole bias index
   float scale, add;
 };
 
 __device__ inline int box_slots(const int32_t (&extent)[3]) { return extent[0] * extent[1] * extent[2]; }
+__device__ inline int tiles_of(int slots, int tile) { return (slots + tile - 1) / tile; }
+
+// Slots of the keys of a row: box and extra rows.
+__device__ inline int key_count(const Attend& a, const PlanRow& row) {
+  return box_slots(row.k_extent) + a.n_extra - a.edge_row;
+}
 
 template <class T>
 __device__ T* row_of(const Rows& rows, int64_t batch, int64_t token, int64_t head) {
@@ -67,13 +76,14 @@ __device__ T* row_of(const Rows& rows, int64_t batch, int64_t token, int64_t hea
 
 __device__ inline QuerySlot query_slot(const Attend& a, const Window& w, int slot) {
   const PlanRow& row = a.plan.rows[w.row];
-  QuerySlot q{kNone, 0, 0, 1.0f, 0.0f, 0.0f};
+  QuerySlot q{kNone, 0, 0, 0, 1.0f, 0.0f, 0.0f};
   if (slot >= box_slots(row.q_extent)) return q;
   const AxisEntry entry = slot_entry(a.plan.axes, row.q_begin, row.q_extent, slot);
   if (entry.token < 0) return q;
   q.token = entry.token;
   q.region = entry.region;
   q.code = entry.code;
+  q.coord = entry.coord;
   if (a.q_scale) {
     q.scale = static_cast<const float*>(a.q_scale)[(w.batch * a.n_q + q.token) * a.scale_stride_n + w.head];
   }
@@ -83,7 +93,7 @@ __device__ inline QuerySlot query_slot(const Attend& a, const Window& w, int slo
 __device__ inline KeySlot key_slot(const Attend& a, const Window& w, int slot) {
   const PlanRow& row = a.plan.rows[w.row];
   const int in_box = box_slots(row.k_extent), extra = slot - in_box;
-  KeySlot k{kNone, -1, 0, 1.0f, 0.0f};
+  KeySlot k{kNone, -1, 0, 0, 1.0f, 0.0f};
   if (extra >= 0) {
     if (extra >= a.n_extra - a.edge_row) return k;
     k.token = kExtra - (a.edge_row + extra);
@@ -93,6 +103,7 @@ __device__ inline KeySlot key_slot(const Attend& a, const Window& w, int slot) {
   const AxisEntry entry = slot_entry(a.plan.axes, row.k_begin, row.k_extent, slot);
   k.region = entry.region;
   k.code = entry.code;
+  k.coord = entry.coord;
   if (entry.token < 0) {
     if (a.edge_row) k.token = kExtra;
     return k;
@@ -132,10 +143,10 @@ __device__ void load_chunk(T* to, const T* from, int valid, int align) {
 }
 
 // Rows [count, pad] of slots into shared memory, zeros where a slot has no token; rows beyond `count` up to
-// the next 16 too.
+// the next 16 too. `head` is one of the tensor's own.
 template <class T, class Slot>
 __device__ void load_rows(T* tile, int stride, const Slot* slots, int count, const Rows& rows,
-                          const Rows& extra, const Window& w, int dim, int pad, int align) {
+                          const Rows& extra, int64_t batch, int head, int dim, int pad, int align) {
   constexpr int kChunk = 16 / sizeof(T);
   const int chunks = pad / kChunk;
   for (int i = threadIdx.x; i < (count + 15) / 16 * 16 * chunks; i += blockDim.x) {
@@ -144,8 +155,7 @@ __device__ void load_rows(T* tile, int stride, const Slot* slots, int count, con
     const T* from = static_cast<const T*>(rows.data);
     int valid = 0;
     if (token != kNone && col < dim) {
-      from = token >= 0 ? row_of<T>(rows, w.batch, token, w.head)
-                        : row_of<T>(extra, w.batch, kExtra - token, w.head);
+      from = token >= 0 ? row_of<T>(rows, batch, token, head) : row_of<T>(extra, batch, kExtra - token, head);
       from += col;
       valid = (dim - col < kChunk ? dim - col : kChunk) * static_cast<int>(sizeof(T));
     }
@@ -154,7 +164,7 @@ __device__ void load_rows(T* tile, int stride, const Slot* slots, int count, con
 }
 
 // Runs compute(tile, stage) for every tile of an inner loop whose slots and rows come through `stages`
-// buffers. What the caller copied before is complete in the first compute.
+// buffers. What the caller copied before is complete in the first compute, and in the end.
 template <class LoadSlots, class LoadRows, class Compute>
 __device__ __forceinline__ void for_each_tile(int tiles, int stages, LoadSlots load_slots, LoadRows load_rows,
                                               Compute compute) {
@@ -164,8 +174,12 @@ __device__ __forceinline__ void for_each_tile(int tiles, int stages, LoadSlots l
     simt::sync_threads();
     load_rows(tile, stage);
   };
-  fetch(0);
+  if (tiles > 0) fetch(0);
   simt::cp_async_commit();
+  if (tiles <= 0) {
+    simt::cp_async_wait<0>();
+    simt::sync_threads();
+  }
   for (int tile = 0; tile < tiles; ++tile) {
     if (stages == 2) {
       if (tile + 1 < tiles) fetch(tile + 1);

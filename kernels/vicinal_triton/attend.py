@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attend_bwd as bwd
+from . import attend_bwd_keys as bwd_keys
 from . import launch, softmax, tiles
 from .attend_fwd import attend_fwd_kernel
-from .bias_grad import RowClass, add_bias_grad, row_classes
+from .bias_grad import add_bias_grad, row_classes
 from .rows import Plan, Rows
 from .scores import Bias, Dropout, Mask, Terms
 
@@ -33,6 +34,7 @@ ACTIVATIONS = {
     ),
 }
 BIAS_PROGRAMS = 1024  # programs that share the windows of a bias gradient; bounds the memory of their sums
+EXTRA_PROGRAMS = 1024  # programs that share the rows of the gradient of extra rows
 DELTA_BLOCK = 32
 
 
@@ -61,8 +63,10 @@ def attend_bwd(call: AttendCall, grads: AttendGrads) -> None:
             if total is not None:
                 total.zero_()
         return
-    tile = run.tile("tile")
-    one_tile = call.plan.q_slots <= tile.block_q and run.key_slots <= tile.block_k
+    tile, keys_apart = run.tile("tile"), call.plan.key_plan is not None
+    if keys_apart and call.dropout_p > 0.0 and not call.drop_by_token:
+        raise ValueError("keys with a plan of their own have other slots: dropout must count tokens")
+    one_tile = not keys_apart and call.plan.q_slots <= tile.block_q and run.key_slots <= tile.block_k
     with device_of(call.q):
         (_bwd_tiles if one_tile else _bwd_passes)(run, grads)
 
@@ -96,6 +100,11 @@ class Run:
         )  # fmt: skip
 
     @property
+    def group(self) -> int:
+        """Query heads of a key head."""
+        return self.heads // max(1, self.call.k.shape[2])
+
+    @property
     def key_slots(self) -> int:
         return self.call.plan.k_slots + self.appended
 
@@ -111,14 +120,14 @@ class Run:
         """The arguments that every pass over scores takes."""
         call = self.call
         return {
-            "plan": Plan(call.plan.axes, call.plan.rows), "terms": terms(call), "dropout": dropout(call),
+            "plan": Plan(call.plan.axes, call.plan.rows, call.plan.guard), "terms": terms(call), "dropout": dropout(call),
             "scale": float(call.scale), "mask_value": float(call.mask_value),
             "keep_scale": 1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0,
-            "n_rows": call.plan.n_rows, "heads": self.heads, "n_extra": self.edge + self.appended,
+            "n_rows": call.plan.n_rows, "heads": self.heads, "group": self.group, "n_extra": self.edge + self.appended,
             "ACC": tl.float64 if self.acc == torch.float64 else tl.float32,
             "PRECISION": "tf32" if self.dtype_class == "tf32" else "ieee",
-            "EDGE": self.edge, "APPENDED": self.appended > 0, "REGIONS": bool(call.plan.flags & 1), "D":
-            call.q.shape[3], "DV": call.v.shape[3], "BLOCK_D": self.block_d, "BLOCK_DV": self.block_dv,
+            "EDGE": self.edge, "APPENDED": self.appended > 0, "REGIONS": bool(call.plan.flags & 1),
+            "RANGES": bool(call.plan.flags & 8), "D": call.q.shape[3], "DV": call.v.shape[3], "BLOCK_D": self.block_d, "BLOCK_DV": self.block_dv,
         }  # fmt: skip
 
     def inputs(self, grads: AttendGrads, delta: Tensor | None) -> bwd.Inputs:
@@ -163,23 +172,24 @@ def dropout(call: AttendCall) -> Dropout | None:
     if call.dropout_p == 0.0 or call.seed is None:
         return None
     threshold = min(int(call.dropout_p * 2.0**32), 2**32 - 1)
-    return Dropout(call.seed, threshold - 2**32 * (threshold >= 2**31), call.head_offset, call.head_total)
+    bits, n_k = threshold - 2**32 * (threshold >= 2**31), call.k.shape[1] if call.drop_by_token else None
+    return Dropout(call.seed, bits, call.head_offset, call.head_total, n_k)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Per window and key tile, the gradients of the extra rows: acc [windows * tiles, E, H, D], or None:
-    not wanted."""
+    """Per window and key tile, or chunk of windows, the gradients of the extra rows: acc [parts, E, H, D], or
+    None: not wanted."""
 
     k: Tensor | None
     v: Tensor | None
 
     @staticmethod
-    def of(run: Run, grads: AttendGrads, k_tiles: int) -> Shares:
+    def of(run: Run, grads: AttendGrads, parts: int) -> Shares:
         def share(total: Tensor | None) -> Tensor | None:
             if total is None or run.extra_k is None:
                 return None
-            return total.new_zeros(run.windows * k_tiles, *total.shape[1:])
+            return total.new_zeros(parts, *total.shape[1:])
 
         return Shares(share(grads.dextra_k), share(grads.dextra_v))
 
@@ -194,7 +204,7 @@ class Shares:
 def _bwd_tiles(run: Run, grads: AttendGrads) -> None:
     """Windows of one tile each."""
     call, tile = run.call, run.tile("tile")
-    shares = Shares.of(run, grads, 1)
+    shares = Shares.of(run, grads, run.windows)
     _, _, weights, slope = ACTIVATIONS[call.activation]
     args = {
         "x": run.inputs(grads, grads.dlse), "DQ": rows(grads.dq),
@@ -202,7 +212,7 @@ def _bwd_tiles(run: Run, grads: AttendGrads) -> None:
         "WEIGHTS": weights, "SLOPE": slope, "SOFTMAX": call.activation == "softmax", **run.args(),
     }  # fmt: skip
     if grads.dbias is None:
-        args |= {"dbias": None, "items": run.windows, "listed": call.plan.n_rows, "chunk": 1}
+        args["dbias"] = None
         run_tile(bwd.attend_bwd_tile_kernel, run.windows * run.heads, args, tile)
     else:
         _bias_sums(run, grads.dbias, bwd.attend_bwd_tile_kernel, args, tile, (1, 1))
@@ -210,30 +220,60 @@ def _bwd_tiles(run: Run, grads: AttendGrads) -> None:
 
 
 def _bwd_passes(run: Run, grads: AttendGrads) -> None:
-    """Windows of several tiles: delta, dq, dk and dv, dbias."""
-    call, common = run.call, run.args()
+    """Windows of several tiles, or keys with a plan of their own: delta, dq, dk and dv, extra rows, dbias."""
+    call = run.call
     _, _, weights, slope = ACTIVATIONS[call.activation]
     x = run.inputs(grads, _delta(run, grads))
-    common |= {"x": x, "WEIGHTS": weights, "SLOPE": slope}
+    common = run.args() | {"x": x, "WEIGHTS": weights, "SLOPE": slope}
 
     tile = run.tile("q")
     q_tiles = triton.cdiv(call.plan.q_slots, tile.block_q)
     args = common | {"DQ": rows(grads.dq), "q_tiles": q_tiles}
     run_tile(bwd.attend_bwd_q_kernel, run.windows * q_tiles * run.heads, args, tile)
 
-    tile = run.tile("kv")
-    k_tiles = triton.cdiv(run.key_slots, tile.block_k)
-    shares = Shares.of(run, grads, k_tiles)
-    key_grads = bwd.KeyGrads(rows(grads.dk), rows(grads.dv), rows(shares.k), rows(shares.v))
-    args = common | {"grads": key_grads, "k_tiles": k_tiles}
-    run_tile(bwd.attend_bwd_kv_kernel, run.windows * k_tiles * run.heads, args, tile)
-    shares.sum_into(grads)
+    if call.plan.key_plan is None:
+        _key_pass(run, common, grads)
+    else:
+        no_mask = {"plan": call.plan.key_plan, "mask": None}
+        of_keys = Run.of(replace(call, extra_k=None, extra_v=None, edge_row=0, **no_mask))
+        no_extra = x._replace(extra_k=None, extra_v=None)
+        _key_pass(of_keys, common | of_keys.args() | {"x": no_extra}, replace(grads, dextra_k=None, dextra_v=None))
+        _extra_pass(run, common, grads)
 
     if grads.dbias is not None:
         tile = run.tile("bias")
         grid = triton.cdiv(call.plan.q_slots, tile.block_q), triton.cdiv(run.key_slots, tile.block_k)
         args = common | {"q_tiles": grid[0], "k_tiles": grid[1]}
         _bias_sums(run, grads.dbias, bwd.attend_bwd_bias_kernel, args, tile, grid)
+
+
+def _key_pass(run: Run, common: dict[str, Any], grads: AttendGrads) -> None:
+    """dk, dv, and extra rows where they are wanted."""
+    tile, heads = run.tile("kv"), run.heads // run.group
+    k_tiles = triton.cdiv(run.key_slots, tile.block_k)
+    shares = Shares.of(run, grads, run.windows * k_tiles)
+    key_grads = bwd.KeyGrads(rows(grads.dk), rows(grads.dv), rows(shares.k), rows(shares.v))
+    args = common | {"grads": key_grads, "k_tiles": k_tiles, "heads": heads}
+    run_tile(bwd_keys.attend_bwd_kv_kernel, run.windows * k_tiles * heads, args, tile)
+    shares.sum_into(grads)
+
+
+def _extra_pass(run: Run, common: dict[str, Any], grads: AttendGrads) -> None:
+    """Extra rows where the key pass has none."""
+    if grads.dextra_k is None and grads.dextra_v is None:
+        return
+    samples, heads = run.call.q.shape[0], run.heads // run.group
+    slots = run.call.plan.q_slots
+    tile = tiles.choose("kv", run.dtype_class, max(run.block_d, run.block_dv), slots, run.appended)
+    k_tiles = triton.cdiv(run.appended, tile.block_k)
+    chunk = triton.cdiv(run.windows * heads * k_tiles, EXTRA_PROGRAMS)
+    chunks = triton.cdiv(run.call.plan.n_rows, chunk)
+    shares = Shares.of(run, grads, samples * chunks)
+    if run.appended:
+        key_grads = bwd.KeyGrads(None, None, rows(shares.k), rows(shares.v))
+        args = common | {"grads": key_grads, "k_tiles": k_tiles, "heads": heads, "chunks": chunks, "chunk": chunk}
+        run_tile(bwd_keys.attend_bwd_extra_kernel, samples * chunks * k_tiles * heads, args, tile)
+    shares.sum_into(grads)
 
 
 def _delta(run: Run, grads: AttendGrads) -> Tensor | None:
@@ -256,20 +296,15 @@ def _delta(run: Run, grads: AttendGrads) -> Tensor | None:
 def _bias_sums(
     run: Run, dbias: Tensor, kernel: Any, args: dict[str, Any], tile: tiles.Tile, grid: tuple[int, int]
 ) -> None:
-    """Runs a kernel that sums ds over chunks of windows, per class of plan rows, and adds the sums into
-    dbias [H, T]."""
-    call, heads = run.call, run.heads
+    """Runs a kernel that sums ds over chunks of windows of one class each, and adds the sums into dbias
+    [H, T]."""
+    plan, heads = run.call.plan, run.heads
     q_side, k_side = grid[0] * tile.block_q, grid[1] * tile.block_k
-    classes: list[RowClass] = row_classes(
-        call.plan.axes, call.plan.rows, run.appended, dbias.shape[1], k_side
-    )
-    for i, row_class in enumerate(classes):
-        listed = row_class.rows.shape[0]
-        items = call.q.shape[0] * listed
-        chunk = triton.cdiv(items, max(1, BIAS_PROGRAMS // (heads * grid[0] * grid[1])))
-        chunks = triton.cdiv(items, chunk)
-        sums = torch.empty(chunks, heads, q_side, k_side, dtype=run.acc, device=dbias.device)
-        to = bwd.BiasGrad(sums, *sums.stride()[:3], row_class.rows)
-        args |= {"dbias": to, "items": items, "listed": listed, "chunk": chunk}
-        run_tile(kernel, chunks * grid[0] * grid[1] * heads, args, tile)
-        add_bias_grad(sums.sum(0).flatten(1), row_class, dbias, add=i > 0)
+    wanted = max(1, BIAS_PROGRAMS // (heads * grid[0] * grid[1]))
+    all_classes = row_classes(plan.axes, plan.rows, run.appended, dbias.shape[1], heads, q_side, k_side)
+    for i, classes in enumerate(all_classes):
+        chunks, first = classes.chunks(run.call.q.shape[0], wanted)
+        sums = torch.empty(len(chunks), heads, q_side, k_side, dtype=run.acc, device=dbias.device)
+        to = bwd.BiasGrad(sums, *sums.stride()[:3], chunks, classes.rows)
+        run_tile(kernel, len(chunks) * grid[0] * grid[1] * heads, args | {"dbias": to}, tile)
+        add_bias_grad(sums, first, classes, dbias, add=i > 0)

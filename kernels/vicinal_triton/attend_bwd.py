@@ -31,7 +31,7 @@ from .rows import (
     store_rows,
     store_scalars,
 )
-from .scores import dropout_keep, finish_scores, load_added
+from .scores import dropout_keep, finish_scores, load_added, pairs_seen
 
 
 class Inputs(NamedTuple):
@@ -59,12 +59,14 @@ class KeyGrads(NamedTuple):
 
 class BiasGrad(NamedTuple):
     """Sums of ds over chunks of windows, [chunks, H, q_tiles * BLOCK_Q, k_tiles * BLOCK_K], zeros outside
-    the boxes. `rows` int32 [listed]: plan rows whose pairs have the same bias indices."""
+    the boxes. `chunks` int32 [chunks, 4]: a chunk takes items [begin, end) of the samples times `listed` plan
+    rows from rows[first] on, (first, listed, begin, end); all its rows are of one class (bias_grad.py)."""
 
     data: Any
     stride_c: Any
     stride_h: Any
     stride_q: Any
+    chunks: Any
     rows: Any
 
 
@@ -118,39 +120,52 @@ def attend_bwd_delta_kernel(
     store_scalars(Delta, b, h, token, ok, delta)
 
 
-@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "items", "listed", "chunk"])
+@triton.jit
+def load_chunk(dbias, part):
+    """first, listed, begin, end of a chunk."""
+    at = dbias.chunks + part * 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra"])
 def attend_bwd_tile_kernel(
     x, DQ, grads, dbias, plan, terms, dropout,
-    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items,
-    listed, chunk, WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr, D:
-    tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, group, n_extra,
+    WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr, RANGES:
+    tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of windows of one tile each. `x.delta` holds dlse or None; dbias None: a chunk is one
+    """All gradients of windows of one tile each. `x.delta` holds dlse or None; dbias None: a program takes one
     window."""
     at = tl.program_id(0).to(tl.int64)
     h = at % heads
+    kv = h // group
     part = at // heads
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
 
     total = tl.zeros((BLOCK_K, BLOCK_Q), ACC)
-    for item in range(part * chunk, tl.minimum(part * chunk + chunk, items)):
-        b = item // listed
+    first, listed, begin, end = 0, n_rows, part, part + 1
+    if dbias is not None:
+        first, listed, begin, end = load_chunk(dbias, part)
+    for item in range(begin, end):
+        b = (item // listed).to(tl.int64)
         row = item % listed
         if dbias is not None:
-            row = tl.load(dbias.rows + row).to(tl.int64)
+            row = tl.load(dbias.rows + first + row).to(tl.int64)
         window = b * n_rows + row
         flags = load_flags(plan, row)
         queries = query_slots(plan, load_box(plan, row, 0), tl.arange(0, BLOCK_Q), b, h, terms.q_scale, ACC)
         box, slot = load_box(plan, row, 1), tl.arange(0, BLOCK_K)
         keys = key_slots(plan, box, slot, b, h, terms, n_extra, EDGE, APPENDED, ACC)
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
-        k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
-        added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
+        k = load_key_rows(x.k, x.extra_k, b, kv, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
+        seen = pairs_seen(across(queries), down(keys), flags, plan.guard, RANGES)
+        added = load_added(across(queries), down(keys), seen, terms, window, h, APPENDED, RANGES)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
-        s = finish_scores(kq, added, across(queries), down(keys), flags, scale, mask_value, REGIONS, APPENDED)
+        s = finish_scores(kq, added, seen, across(queries), down(keys), flags, scale, mask_value, REGIONS,
+                          APPENDED, RANGES)  # fmt: skip
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
         weights = WEIGHTS(s, lse)
         if SOFTMAX:  # the rounding of lse, one factor per query, would not cancel in weights * (dp - rowsum)
@@ -158,11 +173,11 @@ def attend_bwd_tile_kernel(
             weights *= tl.where(mass > 0.0, 1.0 / tl.where(mass > 0.0, mass, 1.0), 0.0)[None, :]
 
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
-        v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
+        v = load_key_rows(x.v, x.extra_v, b, kv, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
         kept = weights
         if dropout is not None:
-            keep = tl.trans(dropout_keep(dropout, b, h, queries.token, 0, BLOCK_K))
+            keep = tl.trans(dropout_keep(dropout, b, h, queries.token, keys, 0, BLOCK_K))
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
             kept = tl.where(keep, weights * tl.full((1, 1), keep_scale, ACC), 0.0)
         dv = tl.dot(kept.to(dout.dtype), dout, input_precision=PRECISION, out_dtype=ACC)
@@ -191,15 +206,16 @@ def attend_bwd_tile_kernel(
 @triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "q_tiles"])
 def attend_bwd_q_kernel(
     x, DQ, plan, terms, dropout,
-    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, q_tiles,
-    WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
+    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, group, n_extra,
+    q_tiles, WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr, RANGES: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq = scale * q_scale * sum over keys of ds * k_scale * k; programs as in the forward."""
     at = tl.program_id(0).to(tl.int64)
     h = at % heads
+    kv = h // group
     window = at // heads // q_tiles
     b = window // n_rows
     row = window % n_rows
@@ -217,14 +233,16 @@ def attend_bwd_q_kernel(
     dq = tl.zeros((BLOCK_Q, BLOCK_D), ACC)
     for first in range(0, box.slots + n_extra - EDGE, BLOCK_K):
         keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
-        k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
-        v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
-        added = load_added(down(queries), across(keys), terms, window, h, APPENDED)
+        k = load_key_rows(x.k, x.extra_k, b, kv, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
+        v = load_key_rows(x.v, x.extra_v, b, kv, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
+        seen = pairs_seen(down(queries), across(keys), flags, plan.guard, RANGES)
+        added = load_added(down(queries), across(keys), seen, terms, window, h, APPENDED, RANGES)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
-        s = finish_scores(qk, added, down(queries), across(keys), flags, scale, mask_value, REGIONS, APPENDED)
+        s = finish_scores(qk, added, seen, down(queries), across(keys), flags, scale, mask_value, REGIONS,
+                          APPENDED, RANGES)  # fmt: skip
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if dropout is not None:
-            keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
+            keep = dropout_keep(dropout, b, h, queries.token, keys, first, BLOCK_K)
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
         ds = SLOPE(s, WEIGHTS(s, lse), dp, lse, delta, x.delta is not None) * keys.factor[None, :]
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION, out_dtype=ACC)
@@ -232,102 +250,51 @@ def attend_bwd_q_kernel(
     store_rows(DQ, b, h, queries.token, queries.ok, dq, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "k_tiles"])
-def attend_bwd_kv_kernel(
-    x, grads, plan, terms, dropout,
-    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, k_tiles,
-    WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """dv = (keep * weights)^T dout and dk = scale * k_scale * (ds * q_scale)^T q of one key tile, over all
-    query tiles."""
-    at = tl.program_id(0).to(tl.int64)
-    h = at % heads
-    tile = at // heads
-    window = tile // k_tiles
-    b = window // n_rows
-    row = window % n_rows
-    scale = tl.full((1, 1), scale, ACC)
-    mask_value = tl.full((1, 1), mask_value, ACC)
-    first = (tile % k_tiles).to(tl.int32) * BLOCK_K
-    box, slot = load_box(plan, row, 1), first + tl.arange(0, BLOCK_K)
-    keys = key_slots(plan, box, slot, b, h, terms, n_extra, EDGE, APPENDED, ACC)
-    k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
-    v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
-    box = load_box(plan, row, 0)
-    flags = load_flags(plan, row)
-
-    dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
-    dv = tl.zeros((BLOCK_K, BLOCK_DV), ACC)
-    for first_q in range(0, box.slots, BLOCK_Q):
-        queries = query_slots(plan, box, first_q + tl.arange(0, BLOCK_Q), b, h, terms.q_scale, ACC)
-        q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
-        dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
-        lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
-        delta = load_delta(x.delta, b, h, queries)[None, :]
-        added = load_added(across(queries), down(keys), terms, window, h, APPENDED)
-        kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
-        s = finish_scores(kq, added, across(queries), down(keys), flags, scale, mask_value, REGIONS, APPENDED)
-        weights = WEIGHTS(s, lse)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=ACC)
-        kept = weights
-        if dropout is not None:
-            keep = tl.trans(dropout_keep(dropout, b, h, queries.token, first, BLOCK_K))
-            dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
-            kept = tl.where(keep, weights * tl.full((1, 1), keep_scale, ACC), 0.0)
-        dv += tl.dot(kept.to(dout.dtype), dout, input_precision=PRECISION, out_dtype=ACC)
-        ds = SLOPE(s, weights, dp, lse, delta, x.delta is not None) * queries.factor[None, :]
-        dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION, out_dtype=ACC)
-    dk *= keys.factor[:, None] * scale
-    store_key_rows(grads.dk, grads.part_k, tile, b, h, keys, flags, dk, EDGE, D, BLOCK_D)
-    store_key_rows(grads.dv, grads.part_v, tile, b, h, keys, flags, dv, EDGE, DV, BLOCK_DV)
-
-
-@triton.jit(
-    do_not_specialize=["n_rows", "heads", "n_extra", "items", "listed", "chunk", "q_tiles", "k_tiles"]
-)
+@triton.jit(do_not_specialize=["n_rows", "heads", "n_extra", "q_tiles", "k_tiles"])
 def attend_bwd_bias_kernel(
     x, dbias, plan, terms, dropout,
-    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, n_extra, items,
-    listed, chunk, q_tiles, k_tiles, WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr, D:
-    tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
+    scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, group, n_extra,
+    q_tiles, k_tiles, WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr, RANGES:
+    tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sum of one tile of ds over a chunk of the (sample, listed row) pairs, in their order."""
     at = tl.program_id(0).to(tl.int64)
     h = at % heads
+    kv = h // group
     q_slot = (at // heads % q_tiles).to(tl.int32) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    first = (at // heads // q_tiles % k_tiles).to(tl.int32) * BLOCK_K
+    k_first = (at // heads // q_tiles % k_tiles).to(tl.int32) * BLOCK_K
     part = at // heads // q_tiles // k_tiles
     scale = tl.full((1, 1), scale, ACC)
     mask_value = tl.full((1, 1), mask_value, ACC)
 
     total = tl.zeros((BLOCK_Q, BLOCK_K), ACC)
-    for item in range(part * chunk, tl.minimum(part * chunk + chunk, items)):
-        b = item // listed
-        row = tl.load(dbias.rows + item % listed)
+    first, listed, begin, end = load_chunk(dbias, part)
+    for item in range(begin, end):
+        b = (item // listed).to(tl.int64)
+        row = tl.load(dbias.rows + first + item % listed).to(tl.int64)
+        flags = load_flags(plan, row)
         window = b * n_rows + row
         queries = query_slots(plan, load_box(plan, row, 0), q_slot, b, h, terms.q_scale, ACC)
         box = load_box(plan, row, 1)
-        keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
+        keys = key_slots(plan, box, k_first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)
-        k = load_key_rows(x.k, x.extra_k, b, h, keys, D, BLOCK_D)
-        added = load_added(down(queries), across(keys), terms, window, h, APPENDED)
+        k = load_key_rows(x.k, x.extra_k, b, kv, keys, D, BLOCK_D)
+        seen = pairs_seen(down(queries), across(keys), flags, plan.guard, RANGES)
+        added = load_added(down(queries), across(keys), seen, terms, window, h, APPENDED, RANGES)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
-        flags = load_flags(plan, row)
-        s = finish_scores(qk, added, down(queries), across(keys), flags, scale, mask_value, REGIONS, APPENDED)
+        s = finish_scores(qk, added, seen, down(queries), across(keys), flags, scale, mask_value, REGIONS,
+                          APPENDED, RANGES)  # fmt: skip
         dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)
-        v = load_key_rows(x.v, x.extra_v, b, h, keys, DV, BLOCK_DV)
+        v = load_key_rows(x.v, x.extra_v, b, kv, keys, DV, BLOCK_DV)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=ACC)
         if dropout is not None:
-            keep = dropout_keep(dropout, b, h, queries.token, first, BLOCK_K)
+            keep = dropout_keep(dropout, b, h, queries.token, keys, k_first, BLOCK_K)
             dp = tl.where(keep, dp * tl.full((1, 1), keep_scale, ACC), 0.0)
         lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[:, None]
         delta = load_delta(x.delta, b, h, queries)[:, None]
         total += SLOPE(s, WEIGHTS(s, lse), dp, lse, delta, x.delta is not None)
     to = dbias.data + part * dbias.stride_c + h * dbias.stride_h
     to += q_slot.to(tl.int64)[:, None] * dbias.stride_q
-    tl.store(to + (first + tl.arange(0, BLOCK_K))[None, :], total)
+    tl.store(to + (k_first + tl.arange(0, BLOCK_K))[None, :], total)

@@ -22,10 +22,12 @@ class Rows(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`axes` int32 [A, 4] of (token, region, code, coord); `rows` int32 [R, 16]."""
+    """`axes` int32 [A, 4] of (token, region, code, coord); `rows` int32 [R, 16]; `guard`: the bit above each
+    field of the ranges."""
 
     axes: Any
     rows: Any
+    guard: Any
 
 
 class Box(NamedTuple):
@@ -54,6 +56,7 @@ class Slots(NamedTuple):
     boxed: Any
     region: Any
     code: Any
+    coord: Any
     factor: Any
     shift: Any
 
@@ -75,8 +78,8 @@ def load_flags(plan, row):
 
 @triton.jit
 def slot_entries(plan, box, slot):
-    """token (-1 outside the box), region, code [S] of slots: sums over the three axes; boxed [S]: the slot
-    lies in the box.
+    """token (-1 outside the box), region, code, coord [S] of slots: sums over the three axes; boxed [S]: the
+    slot lies in the box.
 
     A field is loaded as one tile [S, 4], its last column entry 0, and summed: the compiler repeats smaller
     loads, and the divisions before them, in every layout that needs a field. Slots outside the box read its
@@ -89,7 +92,8 @@ def slot_entries(plan, box, slot):
     entry = tl.where(axis == 1, (box.begin1 + rest % box.extent1)[:, None], entry)
     at = plan.axes + tl.where(axis == 0, (box.begin0 + rest // box.extent1)[:, None], entry) * 4
     token = tl.sum(tl.load(at), 1)
-    return tl.where(boxed, token, -1), tl.sum(tl.load(at + 1), 1), tl.sum(tl.load(at + 2), 1), boxed
+    region, code, coord = tl.sum(tl.load(at + 1), 1), tl.sum(tl.load(at + 2), 1), tl.sum(tl.load(at + 3), 1)
+    return tl.where(boxed, token, -1), region, code, coord, boxed
 
 
 @triton.jit
@@ -145,12 +149,12 @@ def load_key_rows(X, EXTRA, b, h, keys, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @triton.jit
 def query_slots(plan, box, slot, b, h, q_scale, ACC: tl.constexpr):
     """The query slots [S] of a box."""
-    token, region, code, boxed = slot_entries(plan, box, slot)
+    token, region, code, coord, boxed = slot_entries(plan, box, slot)
     ok = token >= 0
     factor = tl.full(slot.shape, 1.0, ACC)
     if q_scale is not None:
         factor = load_scalars(q_scale, b, h, token, ok, 1.0)
-    return Slots(slot, token, token * 0 - 1, ok, boxed, region, code, factor, factor * 0)
+    return Slots(slot, token, token * 0 - 1, ok, boxed, region, code, coord, factor, factor * 0)
 
 
 @triton.jit
@@ -158,7 +162,7 @@ def key_slots(
     plan, box, slot, b, h, terms, n_extra, EDGE: tl.constexpr, APPENDED: tl.constexpr, ACC: tl.constexpr
 ):
     """The key slots [S] of a plan row: its key box, then the extra rows from EDGE on."""
-    token, region, code, boxed = slot_entries(plan, box, slot)
+    token, region, code, coord, boxed = slot_entries(plan, box, slot)
     extra = token * 0 - 1
     if APPENDED:
         extra = tl.where(boxed, -1, EDGE + slot - box.slots)
@@ -176,7 +180,7 @@ def key_slots(
     if terms.key_bias is not None:
         shift += load_scalars(terms.key_bias, b, 0, token, token >= 0, 0.0)
         ok = ok & (shift != float("-inf"))  # never read: an ignored key may hold NaN
-    return Slots(slot, token, extra, ok, boxed, region, code, factor, shift)
+    return Slots(slot, token, extra, ok, boxed, region, code, coord, factor, shift)
 
 
 @triton.jit
@@ -190,6 +194,7 @@ def down(s):
         s.boxed[:, None],
         s.region[:, None],
         s.code[:, None],
+        s.coord[:, None],
         s.factor[:, None],
         s.shift[:, None],
     )
@@ -206,6 +211,7 @@ def across(s):
         s.boxed[None, :],
         s.region[None, :],
         s.code[None, :],
+        s.coord[None, :],
         s.factor[None, :],
         s.shift[None, :],
     )

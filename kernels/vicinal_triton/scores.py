@@ -42,16 +42,32 @@ class Terms(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """seed: pointer to one int64; threshold: bits of the uint32 below which a word drops its pair."""
+    """seed: pointer to one int64; threshold: bits of the uint32 below which a word drops its pair; n_k: tokens
+    of k where the words are those of key tokens, None where they are those of key slots."""
 
     seed: Any
     threshold: Any
     head_offset: Any
     head_total: Any
+    n_k: Any
 
 
 @triton.jit
-def load_added(queries, keys, terms, window, h, APPENDED: tl.constexpr):
+def pairs_seen(queries, keys, flags, guard, RANGES: tl.constexpr):
+    """bool: the pairs that are not excluded by the ranges of their row (`visible` of pattern.py); `queries`,
+    `keys` expanded against each other."""
+    seen = tl.full((1, 1), 1, tl.int1)
+    if RANGES:
+        last, coord = queries.coord | guard, keys.coord
+        inside = ((coord | guard) - queries.region) & (last - coord) & guard
+        seen = (inside == guard) | ((flags & 8) == 0) | ~keys.boxed
+    return seen
+
+
+@triton.jit
+def load_added(
+    queries, keys, seen, terms, window, h, APPENDED: tl.constexpr, RANGES: tl.constexpr
+):  # fmt: skip
     """What is added to the scaled scores per pair, bias and mask; `queries`, `keys` expanded against each
     other.
 
@@ -60,7 +76,11 @@ def load_added(queries, keys, terms, window, h, APPENDED: tl.constexpr):
     added = tl.full((1, 1), -0.0, keys.shift.dtype)  # x + -0.0 is x: the compiler drops it
     if terms.bias is not None:
         index = (tl.where(keys.boxed, queries.code, 0) if APPENDED else queries.code) + keys.code
-        added += tl.load(terms.bias.data + h * terms.bias.stride_h + index)
+        at = terms.bias.data + h * terms.bias.stride_h + index
+        if RANGES:  # the index of other pairs may lie outside the table
+            added += tl.load(at, mask=seen, other=0.0)
+        else:
+            added += tl.load(at)
     if terms.mask is not None:
         at = terms.mask.data + (window % terms.mask.count) * terms.mask.stride_m + h * terms.mask.stride_h
         at += queries.slot.to(tl.int64) * terms.mask.stride_q + keys.slot * terms.mask.stride_k
@@ -70,9 +90,10 @@ def load_added(queries, keys, terms, window, h, APPENDED: tl.constexpr):
 
 @triton.jit
 def finish_scores(
-    qk, added, queries, keys, flags, scale, mask_value, REGIONS: tl.constexpr, APPENDED: tl.constexpr
+    qk, added, seen, queries, keys, flags, scale, mask_value, REGIONS: tl.constexpr, APPENDED: tl.constexpr,
+    RANGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores from the dot products qk; -inf for keys that are not ok.
+    """Scores from the dot products qk; -inf for keys that are not ok, or not seen.
 
     Queries that are not ok get scores of no meaning: their outputs are not stored, and lse = inf makes their
     weights 0."""
@@ -81,12 +102,35 @@ def finish_scores(
         if flags & 1:
             crosses = queries.region != keys.region
             s = tl.where(crosses & keys.boxed if APPENDED else crosses, s + mask_value, s)
-    return s + keys.shift
+    s += keys.shift
+    return tl.where(seen, s, float("-inf")) if RANGES else s
 
 
 @triton.jit
-def dropout_keep(dropout, b, h, query_token, first_slot, BLOCK_K: tl.constexpr):
-    """bool [Q, BLOCK_K]: the pairs that are kept, as in csrc/philox.h; first_slot is a multiple of 4."""
+def dropout_keep(dropout, b, h, query_token, keys, first_slot, BLOCK_K: tl.constexpr):
+    """bool [Q, BLOCK_K]: the pairs that are kept, as in csrc/philox.h. Four neighbouring slots share a counter:
+    first_slot is a multiple of 4; key tokens have no order, so each pair computes its own."""
+    if dropout.n_k is not None:
+        keep = _keep_tokens(dropout, b, h, query_token, keys)
+    else:
+        keep = _keep_slots(dropout, b, h, query_token, first_slot, BLOCK_K)
+    return keep
+
+
+@triton.jit
+def _keep_tokens(dropout, b, h, query_token, keys):
+    key = tl.where(keys.extra >= 0, dropout.n_k + keys.extra, keys.token)[None, :] + query_token[:, None] * 0
+    token = (key * 0 + query_token[:, None]).to(tl.uint32)
+    batch_head = (key * 0).to(tl.uint32) + (b * dropout.head_total + dropout.head_offset + h).to(tl.uint32)
+    group = (key >> 2).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(tl.load(dropout.seed), group, token, batch_head, group * 0)
+    low, high = tl.where(key & 1 == 0, w0, w1), tl.where(key & 1 == 0, w2, w3)
+    threshold = tl.full((1, 1), dropout.threshold, tl.int32).to(tl.uint32, bitcast=True)
+    return tl.where(key & 2 == 0, low, high) >= threshold
+
+
+@triton.jit
+def _keep_slots(dropout, b, h, query_token, first_slot, BLOCK_K: tl.constexpr):
     group = first_slot // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
     group = (group + query_token[:, None] * 0).to(tl.uint32)
     token = (group * 0).to(tl.int32) + query_token[:, None]

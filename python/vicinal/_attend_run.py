@@ -1,11 +1,10 @@
-"""What the softmax families share on the way from a call to an op: the choice of a backend, the memory of
-earlier calls, and tensors in the kernels' form.
+"""What the softmax families share on the way from a call to an op: the memory of earlier calls, and tensors
+in the kernels' form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from operator import index
+from collections.abc import Callable
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -14,29 +13,6 @@ from torch import Tensor
 
 from . import _backends
 from ._attend import accumulator
-
-# family, device, dtype, head_dim, head_dim_v, features, arch: constants to torch.compile, which makes no
-# Problem
-ProblemKey = tuple[str, str, torch.dtype, int, int, tuple[str, ...], int | None]
-
-
-def problem_key(family: str, q: Tensor, v: Tensor, features: Collection[str]) -> ProblemKey:
-    arch = None
-    if q.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(q.device)
-        arch = major * 10 + minor
-    dims = index(q.shape[-1]), index(v.shape[-1])
-    return family, q.device.type, q.dtype, *dims, tuple(features), arch
-
-
-def problem_of(key: ProblemKey) -> _backends.Problem:
-    family, device, dtype, head_dim, head_dim_v, features, arch = key
-    return _backends.Problem(family, device, dtype, head_dim, head_dim_v, frozenset(features), arch)
-
-
-@torch.compiler.assume_constant_result
-def choose(key: ProblemKey, backend: str | None) -> str:
-    return _backends.select(problem_of(key), backend)
 
 
 def draw_seed(dropout_p: float, device: torch.device) -> Tensor | None:

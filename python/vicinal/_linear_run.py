@@ -18,6 +18,9 @@ from ._linear_op import linear_op
 
 CHANNEL_DECAY = "decay per channel"
 
+# device, dtype, head_dim, head_dim_v, features, arch: constants to torch.compile, which makes no Problem
+ProblemKey = tuple[str, torch.dtype, int, int, tuple[str, ...], int | None]
+
 
 class LinearState(NamedTuple):
     """Sums over tokens: s [R, H, K, dv] and, where normalised, z [R, H, K], both float32 (float64 for

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _attend_run as shared
 from . import _check as checks
+from . import _choice
 from . import _neighborhood_check as check
 from . import reference_neighborhood as reference
 from ._attend import accumulator, flat
@@ -120,11 +121,11 @@ def prepare(
     return call
 
 
-def problem_key(call: Call) -> shared.ProblemKey:
+def problem_key(call: Call) -> _choice.Key:
     features = ["dropout"] if call.dropout_p > 0 else []
     if place_bits(call.axes) > PLACE_BITS:
         features.append(LARGE_GRID)
-    return shared.problem_key("neighborhood", call.q, call.v, features)
+    return _choice.problem_key("neighborhood", call.q, call.v, tuple(features))
 
 
 def run(
@@ -144,7 +145,7 @@ def run(
     if known is not None:
         return _settled.run(known, q, k, v, qkv, options[0])
     call = prepare(q, k, v, neighborhood, *options)
-    chosen = shared.choose(problem_key(call), backend)
+    chosen = _choice.choose(problem_key(call), backend)
     if call.dropout_p == 1:  # 1 / (1 - dropout_p) has no value, the output of no weights has
         out, lse = run(q, k, v, qkv, geometry, (*options[:-1], 0.0), backend)
         return out.masked_fill(torch.ones((), dtype=torch.bool, device=out.device), 0.0), lse

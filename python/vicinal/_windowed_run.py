@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import _attend_run as shared
 from . import _check as checks
+from . import _choice, reference
 from . import _windowed_check as check
-from . import reference
 from ._attend import accumulator, flat
 from ._windowed_op import WINDOWED, Geometry, Group
 from ._windowed_types import RelativeBias, Size, Windows, per_axis
@@ -91,11 +91,11 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, windows: Windows | Size, *options: 
     return call
 
 
-def problem_key(call: Call) -> shared.ProblemKey:
+def problem_key(call: Call) -> _choice.Key:
     features = [] if call.activation == "softmax" else [call.activation]
     if call.dropout_p > 0:
         features.append("dropout")
-    return shared.problem_key("windowed", call.q, call.v, features)
+    return _choice.problem_key("windowed", call.q, call.v, tuple(features))
 
 
 def run(
@@ -107,7 +107,7 @@ def run(
     if known is not None:
         return _settled.run(known, q, k, v, qkv, options[0])
     call = prepare(q, k, v, windows, *options)
-    chosen = shared.choose(problem_key(call), backend)
+    chosen = _choice.choose(problem_key(call), backend)
     seed = shared.draw_seed(call.dropout_p, call.q.device)
     if chosen == "reference":
         return run_reference(call, seed)

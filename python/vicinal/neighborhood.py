@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import _backends
 from . import _check as checks
-from ._attend_run import problem_of
+from ._choice import problem_of
 from ._neighborhood_run import as_neighborhood, prepare, problem_key, run
 from ._neighborhood_types import Kernel, Neighborhood, Size
 

@@ -10,9 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vicinal._neighborhood_nn import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+)
 from vicinal.windowed import RelativeBias, Windows, windowed_attention_qkvpacked
 
-__all__ = ["WindowedAttention", "packed_windowed_attention"]
+__all__ = [
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "WindowedAttention",
+    "packed_windowed_attention",
+]
 
 
 def packed_windowed_attention(

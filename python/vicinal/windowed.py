@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _backends
 from . import _check as checks
 from . import _windowed_check as check
-from ._attend_run import problem_of
+from ._choice import problem_of
 from ._windowed_run import prepare, problem_key, run
 from ._windowed_types import RelativeBias, Size, Windows
 

@@ -17,15 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vicinal import _backends, _launch, _windowed_op, _windowed_run
+from vicinal import _backends, _launch, _neighborhood_op, _neighborhood_run, _windowed_op, _windowed_run
 from vicinal._attend import AttendCall, AttendGrads
 
 from .conftest import CSRC, HERE, HostBuild, run_program
 
 # The members of csrc/attend.h as struct codes: i int32, q int64, d double, P pointer.
 ROWS = "Pqqq"
-ATTEND = f"iiqiiiqq{ROWS * 3}PPqiiddPqPPqPPqqq{ROWS * 2}iidPii"
-LAYOUTS = {"fwd": f"{ATTEND}{ROWS}Pq", "bwd": f"{ATTEND}{ROWS * 2}PPq{ROWS * 3}P{ROWS * 2}"}
+PLAN = "PPqiii"
+ATTEND = f"iiqiiiiqq{ROWS * 3}{PLAN}ddPqPPqPPqqq{ROWS * 2}iidPiii"
+LAYOUTS = {"fwd": f"{ATTEND}{ROWS}Pq", "bwd": f"{ATTEND}{ROWS * 2}PPq{ROWS * 3}P{ROWS * 2}{PLAN}"}
 SOURCES = [HERE / "attend_driver.cpp", *sorted((CSRC / "cuda").glob("attend_*.cu"))]
 
 
@@ -62,7 +63,7 @@ class Emulation:
 
     def _case(self, kind: str, arguments: tuple[int | float, ...], buffers: list[tuple[int, int]]) -> bytes:
         layout = LAYOUTS[kind].replace("P", "q")
-        params = struct.pack(f"@{layout}", *arguments)
+        params = struct.pack(f"@{layout}0q", *arguments)
         pointers = [
             struct.calcsize(f"@{layout[: i + 1]}") - 8 for i, code in enumerate(LAYOUTS[kind]) if code == "P"
         ]
@@ -78,8 +79,9 @@ emulation: list[Emulation] = []
 
 def tensors_of(call: AttendCall) -> list[Tensor]:
     values = [getattr(call, name) for name in AttendCall.__slots__]
-    assert call.plan is not None
-    return [call.plan.axes, call.plan.rows, *(v for v in values if isinstance(v, Tensor))]
+    plans = [call.plan] if call.plan.key_plan is None else [call.plan, call.plan.key_plan]
+    tables = [table for plan in plans for table in (plan.axes, plan.rows)]
+    return [*tables, *(v for v in values if isinstance(v, Tensor))]
 
 
 def forward(call: AttendCall) -> None:
@@ -99,6 +101,7 @@ def only_here(device: str) -> str:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW = _launch.Launchers("emulated", forward, backward, ("cpu",), DTYPES, only_here, max_head_dim=256)
 _windowed_op.WINDOWED.define(ROW)
+_neighborhood_op.NEIGHBORHOOD.define(ROW)
 
 
 @contextmanager
@@ -107,7 +110,8 @@ def emulated(build: HostBuild, flavor: str = "plain", **schedule: int) -> Iterat
     emulation.append(Emulation(build(SOURCES, flavor), flavor, **schedule))
     order, rows = _backends.ORDER, list(_backends._rows)
     _backends.ORDER = (*order, "emulated")  # type: ignore[assignment]
-    _backends.register(ROW.capability("windowed"))
+    for family in ("windowed", "neighborhood"):
+        _backends.register(ROW.capability(family))
     try:
         yield emulation[-1]
     finally:
@@ -115,3 +119,4 @@ def emulated(build: HostBuild, flavor: str = "plain", **schedule: int) -> Iterat
         _backends.ORDER, _backends._rows[:] = order, rows
         _backends._choice.cache_clear()
         _windowed_run._settled.clear()
+        _neighborhood_run._settled.clear()

@@ -1,0 +1,143 @@
+// attend where queries see parts of the key box, forward.
+#include "attend_ranges.h"
+
+namespace vicinal::VICINAL_ISA {
+namespace {
+
+template <class S, class T>
+struct Forward : Ranges<S, T> {
+  using Base = Ranges<S, T>;
+  using Base::a, Base::D, Base::Dv, Base::Dp, Base::Dvp, Base::kN, Base::x, Base::softmax, Base::s, Base::stride,
+      Base::now, Base::c0, Base::members;
+  const AttendFwd& p;
+  T* o;            // [queries][Dvp]
+  T *top, *total;  // per query: the largest score, in units of log 2, and the sum of exp
+
+  explicit Forward(const AttendFwd& params) : Base(params.a, params.a.plan, false), p(params) {}
+
+  void carve(cpu::Arena& arena) {
+    Base::carve(arena);
+    const int64_t queries = round_up(a.plan.q_slots, kN);
+    o = arena.take<T>(queries * Dvp), top = arena.take<T>(queries), total = arena.take<T>(queries);
+  }
+
+  void row(int64_t item, int32_t h0, int32_t h1) {
+    this->set_row(item / a.plan.n_rows, item % a.plan.n_rows);
+    const int32_t slabs = x.slabs(this->slab_rows);
+    int32_t packed = -1;  // head of k and v
+    for (int32_t h = h0; h < h1; ++h) {
+      const int32_t kv = h / this->group;
+      this->pack_queries(a.q, h, x.token, x.centres, D, Dp, T(a.scale) * this->unit, nullptr, this->centre);
+      this->clear(o, int64_t(x.centres) * Dvp);
+      for (int32_t c = 0; c < round_up(x.centres, kN); ++c) top[c] = softmax ? -T(__builtin_inf()) : T(0), total[c] = softmax ? T(0) : T(1);
+      if (packed != kv) this->pack_extras(kv);
+      for (int32_t i = 0; i < slabs; ++i) {
+        if (slabs > 1 || packed != kv) pack_slab(x.slab(i, slabs), kv);
+        this->bands([&] { band(h); });
+      }
+      packed = kv;
+      write(h);
+    }
+  }
+  void pack_slab(const Slab& slab, int32_t kv) {
+    this->slab = slab;
+    const int32_t* tokens = x.other_token + slab.first;
+    this->pack_keys(a.k, kv, tokens, slab.size, D, Dp, this->rows);
+    this->pack_keys(a.v, kv, tokens, slab.size, Dv, Dvp, this->rows_v);
+  }
+
+  void band(int32_t h) {
+    for (int32_t u = 0; u < members; ++u) {
+      this->scores(u, h);
+      weights(u);
+      if (a.dropout_p > 0) this->keep(u, h), this->drop(u, s + u * stride);
+    }
+    T* out = o + int64_t(c0) * Dvp;
+    this->weigh_windows(s, this->rows_v, Dvp, out);
+    if (!this->extras || !this->first_slab()) return;
+    for (int32_t u = 0; u < members; ++u)
+      weigh(Dvp / kN, s + u * stride + this->window_slots(now[u]), this->extra_v, this->extra_at_v, this->extras,
+            out + int64_t(u) * Dvp);
+  }
+  // Scores become weights, relative to the largest score so far.
+  void weights(int32_t u) {
+    T* line = s + u * stride;
+    const int32_t n = this->slots(now[u]), c = c0 + u;
+    if (!softmax) {
+      for (int32_t i = 0; i < n; i += kN) store(line + i, activate<T>(a.activation, load(line + i)));
+      return;
+    }
+    const Vec<T> lowest = splat(-T(__builtin_inf()));
+    Vec<T> most = splat(top[c]), sum = {};
+    for (int32_t i = 0; i < n; i += kN) most = maximum(most, load(line + i));
+    most = most_across<T>(most);
+    const Vec<T> base = most == lowest ? Vec<T>{} : most;
+    for (int32_t i = 0; i < n; i += kN) {
+      const Vec<T> e = exp2(load(line + i) - base);
+      sum += e;
+      store(line + i, e);
+    }
+    sum = sum_across<T>(sum);
+    if (!this->first_slab()) {
+      const Vec<T> shrink = exp2(splat(top[c]) - base);
+      sum += total[c] * shrink;
+      T* out = o + int64_t(c) * Dvp;
+      for (int32_t d = 0; d < Dvp; d += kN) store(out + d, load(out + d) * shrink);
+    }
+    top[c] = most[0], total[c] = sum[0];
+  }
+
+  [[gnu::noinline]] void write(int32_t h) {
+    for (int32_t c = 0; c < x.centres; c += kN) {
+      const Vec<T> l = load(total + c), m = load(top + c);
+      store(total + c, l == Vec<T>{} ? Vec<T>{} : T(1) / l);
+      store(top + c, l == Vec<T>{} ? splat(-T(__builtin_inf())) : (m + log2(l)) * T(kFromLog2));
+    }
+    for (int32_t c = 0; c < x.centres; ++c) {
+      const int32_t token = x.token[c];
+      this->write_row(o + int64_t(c) * Dvp, total[c], row_of<S>(p.out, this->b, token, h), Dv);
+      if (p.lse) static_cast<T*>(p.lse)[(this->b * a.n_q + token) * p.lse_stride_n + h] = top[c];
+    }
+  }
+};
+
+template <class S, class T>
+void run(const AttendFwd& p, int threads) {
+  if (p.a.heads == 0) return;
+  Forward<S, T> counted(p);
+  const double flops = 2.0 * p.a.plan.q_slots * p.a.plan.k_slots * (p.a.head_dim + p.a.head_dim_v);
+  const Schedule plan = make_schedule(p.a, 1, flops);
+  cpu::Arena counter(nullptr);
+  counted.carve(counter);
+  const int64_t chunks = plan.chunks();
+  const int team = static_cast<int>(at_least(threads < chunks ? threads : chunks, 1));
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    Forward<S, T> w(p);
+    cpu::Arena arena(cpu::thread_scratch(counter.used()));
+    w.carve(arena);
+    w.start();
+#pragma omp for schedule(dynamic)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const Range r = plan.range(p.a, chunk);
+      for (int64_t item = r.begin; item < r.end; ++item) w.row(item, r.h0, r.h1);
+    }
+  }
+}
+
+}  // namespace
+
+void attend_ranges_fwd(const AttendFwd& p, int threads) {
+  switch (p.a.dtype) {
+    case kF32:
+      return run<float, float>(p, threads);
+    case kF64:
+      return run<double, double>(p, threads);
+    case kBF16:
+      return run<BFloat16, float>(p, threads);
+    case kF16:
+      return run<Half, float>(p, threads);
+  }
+}
+
+}  // namespace vicinal::VICINAL_ISA
