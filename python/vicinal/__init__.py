@@ -14,6 +14,8 @@ from vicinal.linear import (
     linear_attention_step,
 )
 from vicinal.neighborhood import Neighborhood, neighborhood_attention, neighborhood_attention_qkvpacked
+from vicinal.neighborhood_decode import RingKVCache, sliding_window_decode
+from vicinal.neighborhood_slots import neighborhood_aggregate, neighborhood_scores
 from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "LinearState",
     "Neighborhood",
     "RelativeBias",
+    "RingKVCache",
     "Windows",
     "__version__",
     "accelerate",
@@ -31,10 +34,13 @@ __all__ = [
     "joint_attention",
     "linear_attention",
     "linear_attention_step",
+    "neighborhood_aggregate",
     "neighborhood_attention",
     "neighborhood_attention_qkvpacked",
+    "neighborhood_scores",
     "nn",
     "restore",
+    "sliding_window_decode",
     "windowed_attention",
     "windowed_attention_qkvpacked",
 ]
