@@ -8,9 +8,8 @@ from math import prod
 
 from ._neighborhood_plan import AxisNeighborhood
 
-QUERIES = {"cpu": 48}  # of a tile, at most
-LANES = {"cpu": 16}  # a tile costs as if its queries were a multiple of this
-OTHERS = 64  # both, on a GPU
+QUERIES = 64  # of a tile on a GPU, at most; a tile costs as if it had a multiple of this
+CPU_QUERIES = 256  # of a tile, at most
 EXACT = 1024  # slots, at most, of a tile whose queries all read the same keys
 
 Tile = tuple[int, ...]
@@ -22,9 +21,8 @@ def choose_tiles(backend: str, axes: tuple[AxisNeighborhood, ...]) -> tuple[Tile
     exact = tuple(_exact(axis) for axis in axes)
     if all(exact) and prod(exact) <= EXACT:
         return exact, exact
-    queries, lanes = QUERIES.get(backend, OTHERS), LANES.get(backend, OTHERS)
-    tile = _cheapest(axes, queries, lanes)
-    return tile, _cheapest(tuple(axis._replace(stride=1) for axis in axes), queries, lanes)
+    chosen = _cheapest_cpu if backend == "cpu" else _cheapest
+    return chosen(axes), chosen(tuple(axis._replace(stride=1) for axis in axes))
 
 
 def _group(axis: AxisNeighborhood) -> int:
@@ -55,21 +53,38 @@ def _span(axis: AxisNeighborhood, n: int, size: int) -> int:
     return min(n, axis.kernel + (-(-size // axis.stride) - 1) * axis.stride)
 
 
-def _cheapest(axes: tuple[AxisNeighborhood, ...], most: int, lanes: int) -> Tile:
-    """The tile of at most `most` slots whose rows read the fewest pairs; a row's slots count in multiples of
-    `lanes`."""
-    per_axis = []
-    for axis in axes:
-        n, found = _group(axis), {}
-        for size in range(1, min(n, most) + 1):
-            pieces = -(-n // size)
-            found[pieces] = (-(-n // pieces), pieces, _span(axis, n, -(-n // pieces)))
-        per_axis.append(list(found.values()))
+def _pieces(axis: AxisNeighborhood, most: int) -> list[tuple[int, int, int]]:
+    """(size, number, keys of one) of the ways to cut a group into even pieces of at most `most` queries."""
+    n, found = _group(axis), {}
+    for size in range(1, min(n, most) + 1):
+        number = -(-n // size)
+        found[number] = (-(-n // number), number, _span(axis, n, -(-n // number)))
+    return list(found.values())
+
+
+def _cheapest(axes: tuple[AxisNeighborhood, ...]) -> Tile:
+    """The tile of at most QUERIES slots whose rows read the fewest pairs."""
     best: tuple[float, Tile] = (float("inf"), (1,) * len(axes))
-    for choice in product(*per_axis):
+    for choice in product(*(_pieces(axis, QUERIES) for axis in axes)):
         slots = prod(size for size, _, _ in choice)
-        if slots > most:
+        if slots > QUERIES:
             continue
-        pairs = prod(pieces * span for _, pieces, span in choice) * (-(-slots // lanes) * lanes)
+        pairs = prod(number * span for _, number, span in choice) * (-(-slots // QUERIES) * QUERIES)
         best = min(best, (pairs, tuple(size for size, _, _ in choice)))
+    return best[1]
+
+
+def _cheapest_cpu(axes: tuple[AxisNeighborhood, ...]) -> Tile:
+    """The tile of at most CPU_QUERIES queries that costs the fewest cycles besides the pairs themselves."""
+    window = prod(_span(axis, _group(axis), 1) for axis in axes)
+    queries = prod(_group(axis) for axis in axes)
+    best: tuple[float, Tile] = (float("inf"), (1,) * len(axes))
+    for choice in product(*(_pieces(axis, CPU_QUERIES) for axis in axes)):
+        size, tiles = prod(c[0] for c in choice), prod(c[1] for c in choice)
+        if size > CPU_QUERIES:
+            continue
+        packed = prod(number * span for _, number, span in choice)
+        alone = choice[-1][0] % 4 / choice[-1][0]  # the kernel takes four neighbours together
+        cycles = 12 * packed + 0.7 * alone * window * queries + 500 * tiles
+        best = min(best, (cycles, tuple(c[0] for c in choice)))
     return best[1]
