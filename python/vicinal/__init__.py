@@ -1,6 +1,6 @@
 """Custom attention kernels for local, sparse and linear attention in PyTorch."""
 
-from vicinal import nn
+from vicinal import nn, segments
 from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
 from vicinal.drop_in import accelerate, restore
@@ -14,14 +14,22 @@ from vicinal.linear import (
     linear_attention_step,
 )
 from vicinal.neighborhood import Neighborhood, neighborhood_attention, neighborhood_attention_qkvpacked
+from vicinal.segments import SegmentGroups, Segments
+from vicinal.voxel import ContextTable, KeyBias, RelTable, Rope3D, voxel_attention
 from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
 
 __all__ = [
+    "ContextTable",
     "Explanation",
     "FeatureMap",
+    "KeyBias",
     "LinearState",
     "Neighborhood",
+    "RelTable",
     "RelativeBias",
+    "Rope3D",
+    "SegmentGroups",
+    "Segments",
     "Windows",
     "__version__",
     "accelerate",
@@ -35,6 +43,8 @@ __all__ = [
     "neighborhood_attention_qkvpacked",
     "nn",
     "restore",
+    "segments",
+    "voxel_attention",
     "windowed_attention",
     "windowed_attention_qkvpacked",
 ]

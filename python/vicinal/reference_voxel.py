@@ -11,8 +11,8 @@ from ._segments_type import Segments
 
 
 class Terms(NamedTuple):
-    """What is added: key_bias [Nk, 1 or H]; rel: (cells [N, A], table [A, 2 b + 1, H]); context: (cells [N, A],
-    Tq, Tk [L, A, H, D], Tv [L, A, H, Dv])."""
+    """What is added: key_bias [Nk, 1 or H]; rel: (cells [N, A], table [A, 2 b + 1, H]); context: (cells
+    [N, A], Tq, Tk [L, A, H, D], Tv [L, A, H, Dv])."""
 
     key_bias: Tensor | None = None
     rel: tuple[Tensor, Tensor] | None = None
