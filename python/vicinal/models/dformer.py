@@ -151,7 +151,7 @@ class DFormer(nn.Module):
     def forward(self, volumes: Tensor) -> Tensor:
         size = volumes.shape[2:]
         padding = [n for L, p in zip(reversed(size), reversed(self.config.patch_size)) for n in (0, -L % p)]
-        x = self.embed(F.pad(volumes, padding))
+        x = self.embed(F.pad(volumes, padding).permute(0, 2, 3, 4, 1))
         skips = []
         for i, stage in enumerate(self.encoder):
             x = stage(x)
