@@ -32,7 +32,7 @@ def neighborhood_scores(
     bias: Tensor | None = None,
     extra_k: Tensor | None = None,
 ) -> Tensor:
-    """q, k [B, *space, h, D], extra_k [B, E, h, D] -> [B, *space, h, S + E], -inf where a window has a hole."""
+    """q, k [B, *space, h, D], extra_k [B, E, h, D] -> [B, *space, h, S + E], -inf in holes."""
     axes = _axes(q, kernel_size, dilation, is_causal)
     table = None if bias is None else bias.flatten(1).to(q.dtype)
     s = reference.scores(q.flatten(1, -3), k.flatten(1, -3), axes, 1.0, table, extra_k)
