@@ -18,6 +18,7 @@ from models_support import gradients, loss_curve, redraw, worst
 from torch import Tensor, nn
 
 import vicinal
+from benchmarks import torchvision_operators
 from vicinal.compat import install_as_natten
 from vicinal.models import DiNAT, dinat_test, official_dinat_state_dict
 
@@ -80,6 +81,7 @@ class Logits(nn.Module):
 
 def dinat_of_transformers() -> dict[str, Any]:
     """Accelerated; and through natten's functions, with the heads-first view of transformers 4."""
+    torchvision_operators.declare()
     from transformers.models.dinat import modeling_dinat
 
     config = modeling_dinat.DinatConfig(

@@ -276,6 +276,7 @@ def test_both_argument_counts(functions: Any, rank: int) -> None:
     q, k, v = torch.randn(3, 1, 2, *(8, 7)[:rank], 4).unbind(0)
     rpb = torch.randn(2, *[5] * rank)
     qkrpb, av = getattr(functions, f"natten{rank}dqkrpb"), getattr(functions, f"natten{rank}dav")
+    sizes_of_both = (3, 2)
     expected, _ = _unfused(q, k, 3, 2, False, rpb, None)
     for scores in (
         qkrpb(q, k, rpb, 2),
@@ -293,8 +294,8 @@ def test_both_argument_counts(functions: Any, rank: int) -> None:
         qkrpb(q, k, None, 2)
     with pytest.raises(TypeError, match="expected 1 or 2 sizes after the tensors, got 3"):
         qkrpb(q, k, rpb, 3, 2, 1)
-    with pytest.raises(ValueError, match="attn has 8 weights" if rank == 2 else "attn|weights"):
-        av(weights[..., :8] if rank == 2 else weights[..., :2], v, *([2] if rank == 2 else [3, 2]))
+    with pytest.raises(ValueError, match="weights has 2 slots" if rank == 1 else "attn has 2 weights"):
+        av(weights[..., :2], v, *sizes_of_both[: 3 - rank])
 
 
 def test_functions_of_0_15() -> None:
