@@ -10,8 +10,11 @@ from vicinal.linear import (
     FeatureMap,
     LinearState,
     ema_scan,
+    favor_projection,
+    lightning_decay,
     linear_attention,
     linear_attention_step,
+    retnet_decay,
 )
 from vicinal.neighborhood import Neighborhood, neighborhood_attention, neighborhood_attention_qkvpacked
 from vicinal.neighborhood_decode import RingKVCache, sliding_window_decode
@@ -30,8 +33,10 @@ __all__ = [
     "accelerate",
     "ema_scan",
     "explain",
+    "favor_projection",
     "hash_attention",
     "joint_attention",
+    "lightning_decay",
     "linear_attention",
     "linear_attention_step",
     "neighborhood_aggregate",
@@ -40,6 +45,7 @@ __all__ = [
     "neighborhood_scores",
     "nn",
     "restore",
+    "retnet_decay",
     "sliding_window_decode",
     "windowed_attention",
     "windowed_attention_qkvpacked",
