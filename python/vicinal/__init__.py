@@ -17,6 +17,8 @@ from vicinal.linear import (
     retnet_decay,
 )
 from vicinal.neighborhood import Neighborhood, neighborhood_attention, neighborhood_attention_qkvpacked
+from vicinal.neighborhood_decode import RingKVCache, sliding_window_decode
+from vicinal.neighborhood_slots import neighborhood_aggregate, neighborhood_scores
 from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "LinearState",
     "Neighborhood",
     "RelativeBias",
+    "RingKVCache",
     "Windows",
     "__version__",
     "accelerate",
@@ -36,11 +39,14 @@ __all__ = [
     "lightning_decay",
     "linear_attention",
     "linear_attention_step",
+    "neighborhood_aggregate",
     "neighborhood_attention",
     "neighborhood_attention_qkvpacked",
+    "neighborhood_scores",
     "nn",
     "restore",
     "retnet_decay",
+    "sliding_window_decode",
     "windowed_attention",
     "windowed_attention_qkvpacked",
 ]
