@@ -11,6 +11,9 @@
 #include "weights.h"
 
 namespace vicinal::VICINAL_ISA {
+
+void attend_ranges_bwd(const AttendBwd& p, int threads);
+
 namespace {
 
 // What the chunks leave behind for the sums. Segments: index of the run of items + batch, which is unique.
@@ -368,6 +371,7 @@ void run(const AttendBwd& p, int threads) {
 }  // namespace
 
 void attend_bwd(const AttendBwd& p, int threads) {
+  if (p.key_plan.n_rows || p.a.plan.guard) return attend_ranges_bwd(p, threads);
   switch (p.a.dtype) {
     case kF32:
       return run<float, float>(p, threads);

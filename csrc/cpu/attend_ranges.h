@@ -94,9 +94,9 @@ struct Ranges {
   void set_row(int64_t batch, int64_t row) {
     b = batch;
     x.set(plan, row, centres_are_keys);
+    if (!a.key_bias || centres_are_keys) return;
     const T* bias = static_cast<const T*>(a.key_bias) + b * a.n_k;
-    for (int32_t j = 0; a.key_bias && !centres_are_keys && j < x.others; ++j)
-      key_term[j] = bias[x.other_token[j]] * unit;
+    for (int32_t j = 0; j < x.others; ++j) key_term[j] = bias[x.other_token[j]] * unit;
   }
   // Keys whose memory may hold anything.
   bool excluded(int32_t key_token) const {
@@ -194,8 +194,8 @@ struct Ranges {
       gather_lines(x, w, key_term + slab.first, terms);
       add_terms(w, to);
     }
-    const T* bias = table + h * table_stride() + a.bias_size - extras;
-    for (int32_t e = 0; a.bias && first_slab() && e < extras; ++e) to[window_slots(w) + e] += bias[e];
+    for (int32_t e = 0; a.bias && first_slab() && e < extras; ++e)
+      to[window_slots(w) + e] += table[h * table_stride() + a.bias_size - extras + e];
   }
   [[gnu::noinline]] void gather_bias(int32_t u, int32_t h) const {
     const Window& w = now[u];

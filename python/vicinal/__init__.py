@@ -10,8 +10,11 @@ from vicinal.linear import (
     FeatureMap,
     LinearState,
     ema_scan,
+    favor_projection,
+    lightning_decay,
     linear_attention,
     linear_attention_step,
+    retnet_decay,
 )
 from vicinal.neighborhood import Neighborhood, neighborhood_attention, neighborhood_attention_qkvpacked
 from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
@@ -27,14 +30,17 @@ __all__ = [
     "accelerate",
     "ema_scan",
     "explain",
+    "favor_projection",
     "hash_attention",
     "joint_attention",
+    "lightning_decay",
     "linear_attention",
     "linear_attention_step",
     "neighborhood_attention",
     "neighborhood_attention_qkvpacked",
     "nn",
     "restore",
+    "retnet_decay",
     "windowed_attention",
     "windowed_attention_qkvpacked",
 ]
