@@ -22,11 +22,13 @@ __all__ = ["Report", "Row", "accelerate", "restore"]
 _ADAPTER_MODULES = {
     "vicinal.models.swin": "vicinal.drop_in.swin",
     "vicinal.models.cswin": "vicinal.drop_in.cswin",
+    "vicinal.models.ecoformer": "vicinal.drop_in.ecoformer",
+    "vicinal.models.mossformer2": "vicinal.drop_in.mossformer2",
     "timm.models.swin_transformer": "vicinal.drop_in.timm_swin",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
 }
-FAMILIES = ("windowed",)
+FAMILIES = ("windowed", "linear")
 
 
 @cache
@@ -49,7 +51,7 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
 
     Args:
         model: any module; it is changed in place unless `dry_run`.
-        families: which families to use, of "windowed"; None for all.
+        families: which families to use, of "windowed" and "linear"; None for all.
         dry_run: only report what would happen.
 
     Returns:
