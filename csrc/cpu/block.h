@@ -213,8 +213,8 @@ struct Block {
       to.q[i] = zeros, to.to_q[i] = nullptr;
       if (to.dout) to.dout[i] = zeros;
     }
-    locate_rows<S>(a.k, x.b, h, x.k_source, x.nk, to.k);
-    locate_rows<S>(a.v, x.b, h, x.k_source, x.nk, to.v);
+    locate_rows<S>(a.k, x.b, h / group, x.k_source, x.nk, to.k);
+    locate_rows<S>(a.v, x.b, h / group, x.k_source, x.nk, to.v);
     if (to.to_k) locate_rows<S>(write_k, x.b, h, x.k_token, x.nk, to.to_k);
     if (to.to_v) locate_rows<S>(write_v, x.b, h, x.k_token, x.nk, to.to_v);
     for (int32_t j = 0; x.k_special && j < x.nk; ++j) {

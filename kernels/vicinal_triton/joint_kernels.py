@@ -260,8 +260,8 @@ def joint_bwd_values_kernel(
 def joint_bwd_queries_kernel(
     p, upstream, dquad_q, dlin_q, state, pairs, states, width, blocks, GATE: tl.constexpr,
     CAUSAL: tl.constexpr, LAPLACE: tl.constexpr, HAS_U: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    STATE_PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, STATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dquad_q and dlin_q of a block of queries; pairs [B * groups, group, group], if there, gets dscores."""
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
