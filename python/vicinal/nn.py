@@ -15,9 +15,12 @@ from vicinal._neighborhood_nn import (
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
 )
+from vicinal._short_attention import AgentAttention, LinformerAttention
 from vicinal.windowed import RelativeBias, Windows, windowed_attention_qkvpacked
 
 __all__ = [
+    "AgentAttention",
+    "LinformerAttention",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
