@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _attend_run as shared
 from . import _check as checks
+from . import _choice
 from . import reference_voxel as reference
 from ._attend import accumulator
 from ._segments_type import SegmentGroups, Segments
@@ -111,9 +111,9 @@ def _check_terms(call: Call) -> None:
             )
 
 
-def problem_key(call: Call) -> shared.ProblemKey:
+def problem_key(call: Call) -> _choice.Key:
     features = [name for name, kind in ((RELATIVE, RelTable), (CONTEXT, ContextTable)) if call.term(kind)]
-    return shared.problem_key("voxel", call.q, call.v, features)
+    return _choice.problem_key("voxel", call.q, call.v, features)
 
 
 def run(
@@ -121,7 +121,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """out and lse."""
     call = prepare(q, k, v, segments, bias, scale)
-    chosen = shared.choose(problem_key(call), backend)
+    chosen = _choice.choose(problem_key(call), backend)
     return run_reference(call) if chosen == "reference" else _run_op(call, chosen)
 
 
@@ -171,7 +171,9 @@ def run_reference(call: Call, compute_dtype: torch.dtype | None = None) -> tuple
     for s, n in groups:
         last = first + n
         heads = (x[:, first:last] for x in (q, k, call.v))
-        out, lse = reference.segment_attention(*heads, s, call.scale, _terms(call, first, last), compute_dtype)
+        out, lse = reference.segment_attention(
+            *heads, s, call.scale, _terms(call, first, last), compute_dtype
+        )
         outs.append(out)
         lses.append(lse)
         first = last
