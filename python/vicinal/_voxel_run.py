@@ -1,4 +1,4 @@
-"""From a call of segment attention to a backend: cast, check, choose, bring the terms to the kernels' form."""
+"""From a call of segment attention to a backend: cast, check, choose, bring terms to the kernels' form."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def _check_terms(call: Call) -> None:
         checks.on_device_of_q(f"{name}.coords", coords, call.q)
         if coords.shape[0] != rows or call.k.shape[0] != rows:
             raise ValueError(
-                f"{name} has {coords.shape[0]} coordinates; q has {rows} rows and k {call.k.shape[0]}, all of "
-                "which must be the same voxels"
+                f"{name} has {coords.shape[0]} coordinates; q has {rows} rows and k {call.k.shape[0]}, all "
+                "of which must be the same voxels"
             )
         if isinstance(term, RelTable) and term.table.shape[2] != heads:
             raise ValueError(f"RelTable has a table of {term.table.shape[2]} heads; q has {heads}")
@@ -113,7 +113,7 @@ def _check_terms(call: Call) -> None:
 
 def problem_key(call: Call) -> _choice.Key:
     features = [name for name, kind in ((RELATIVE, RelTable), (CONTEXT, ContextTable)) if call.term(kind)]
-    return _choice.problem_key("voxel", call.q, call.v, features)
+    return _choice.problem_key("voxel", call.q, call.v, tuple(features))
 
 
 def run(
