@@ -10,6 +10,7 @@ from ._neighborhood_plan import AxisNeighborhood
 
 QUERIES = 64  # of a tile on a GPU, at most; a tile costs as if it had a multiple of this
 CPU_QUERIES = 256  # of a tile, at most
+CPU_WIDTH = 8  # of them on the last of several axes: the lines of a window stay in the first-level cache
 EXACT = 1024  # slots, at most, of a tile whose queries all read the same keys
 
 Tile = tuple[int, ...]
@@ -79,7 +80,8 @@ def _cheapest_cpu(axes: tuple[AxisNeighborhood, ...]) -> Tile:
     window = prod(_span(axis, _group(axis), 1) for axis in axes)
     queries = prod(_group(axis) for axis in axes)
     best: tuple[float, Tile] = (float("inf"), (1,) * len(axes))
-    for choice in product(*(_pieces(axis, CPU_QUERIES) for axis in axes)):
+    widest = [*[CPU_QUERIES] * (len(axes) - 1), CPU_QUERIES if len(axes) == 1 else CPU_WIDTH]
+    for choice in product(*(_pieces(axis, most) for axis, most in zip(axes, widest, strict=True))):
         size, tiles = prod(c[0] for c in choice), prod(c[1] for c in choice)
         if size > CPU_QUERIES:
             continue
