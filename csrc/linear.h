@@ -35,8 +35,9 @@
 //
 // Gradients. r_i = dout_i / den_i and d_i = -(out_i . dout_i) / den_i; both 0 where |den_i| < kSmallestDen;
 // r_i = dout_i, d_i = 0 where not normalised. (out_i . dout_i is also f_i . u_i, with u_i the gradient of f_i
-// through num_i alone, so a kernel need not read out.) With dS, dz the gradients of the sums that a token
-// adds to (or reads), which start from dfinal_s, dfinal_z (null: 0) and gather f_i r_i^T and d_i fd_i:
+// through num_i alone: kernels take that, since out is rounded and dq may be a small difference.) With dS, dz
+// the gradients of the sums that a token adds to (or reads), which start from dfinal_s, dfinal_z (null: 0)
+// and gather f_i r_i^T and d_i fd_i:
 //
 //   df_i = sum_j D_ij (r_i . v_j) p_j + e_i S0 r_i           dfd_i = sum_j D_ij d_i pd_j + e_i d_i z0
 //   dp_j = sum_i D_ij (r_i . v_j) f_i + exp(b_N - b_j) dfinal_s v_j
@@ -70,7 +71,7 @@ struct Strided {
 //   elu1      x >= 0 ? x + 1 : exp(x)                  x >= 0 ? 1 : phi
 //   relu      max(x, 0) + param                        x > 0
 //   relu2     max(x, 0)^2                              2 max(x, 0)
-//   exp       exp(min(x - param, kMostExponent))       x - param < kMostExponent ? phi : 0
+//   exp       exp(min(x - param, kMostExponent))       x - param <= kMostExponent ? phi : 0
 enum FeatureMap : int32_t { kMapIdentity = 0, kMapElu1 = 1, kMapRelu = 2, kMapRelu2 = 3, kMapExp = 4 };
 constexpr double kMostExponent = 32.0;
 

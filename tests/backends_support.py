@@ -35,17 +35,17 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def op_backends() -> list[Any]:
+def op_backends(family: str = "windowed") -> list[Any]:
     """A pytest parameter per backend with kernels, skipped with its reason where it cannot run."""
     names = [name for name in _backends.ORDER if name != "reference"]
-    return [_param(name, reason=reason_against(name), name=name) for name in names]
+    return [_param(name, reason=reason_against(name, family=family), name=name) for name in names]
 
 
-def op_backends_and_dtypes() -> list[Any]:
+def op_backends_and_dtypes(family: str = "windowed") -> list[Any]:
     """A pytest parameter (backend, dtype) for all pairs, skipped with the reason of the pair."""
     names = [name for name in _backends.ORDER if name != "reference"]
     return [
-        _param(name, dtype, reason=reason_against(name, dtype), name=f"{name}-{short(dtype)}")
+        _param(name, dtype, reason=reason_against(name, dtype, family), name=f"{name}-{short(dtype)}")
         for name in names
         for dtype in DTYPES
     ]

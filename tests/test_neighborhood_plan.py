@@ -236,7 +236,7 @@ def test_visible_of_cpp_is_that_of_python() -> None:
     guard = sum(1 << (f + width) for f in fields)
     values = [0, 1, 3, 6, 7]
     for first, last, place in itertools.product(itertools.product(values, repeat=2), repeat=3):
-        packed = [sum(x << f for x, f in zip(pair, fields)) for pair in (first, last, place)]
+        packed = tuple(sum(x << f for x, f in zip(pair, fields)) for pair in (first, last, place))
         expected = all(lo <= x <= hi for lo, x, hi in zip(first, place, last))
-        assert pattern.visible(*packed, guard) == expected
+        assert pattern.visible(packed[0], packed[1], packed[2], guard) == expected
         assert _backends._C.visible(*packed, guard) == expected

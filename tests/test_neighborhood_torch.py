@@ -324,10 +324,10 @@ def test_inputs_are_left_alone(backend: str) -> None:
 @pytest.mark.parametrize("backend", op_backends())
 def test_views_of_a_packed_projection_are_not_copied(backend: str) -> None:
     qkv = torch.randn(2, 8, 6, 3, 2, 8, device=device_of(backend))
-    views = qkv.unbind(-3)
+    q, k, v = qkv.unbind(-3)
     with Recorded() as mode:
-        neighborhood_attention(*views, 3, backend=backend)
+        neighborhood_attention(q, k, v, 3, backend=backend)
         neighborhood_attention_qkvpacked(qkv, 3, backend=backend)
     assert len(mode.calls) == 2
     for _, args in mode.calls:
-        assert [x.data_ptr() for x in args[:3]] == [x.data_ptr() for x in views]
+        assert [x.data_ptr() for x in args[:3]] == [x.data_ptr() for x in (q, k, v)]

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton_compile as offline  # noqa: E402
 
-from vicinal.kernels import attend_bwd, attend_fwd, tiles  # noqa: E402
+from vicinal.kernels import attend_bwd, attend_bwd_keys, attend_fwd, tiles  # noqa: E402
 
 BUDGETS: dict[str, Any] = json.loads(offline.BUDGETS.read_text())
 
@@ -74,12 +74,25 @@ def every_option() -> list[Any]:
             *(torch.zeros(2, 3, 2, 24) for _ in range(2)),
         )
         found += offline.launches(call, grads)
-    return found
+    return [*found, *every_option_of_neighborhoods()]
+
+
+def every_option_of_neighborhoods() -> list[Any]:
+    """The same for rows with ranges, keys with a plan of their own, and shared key heads."""
+    call, grads = offline.neighborhood_problem(torch.float16, 24, grouped=True)
+    call.k, call.v, grads.dk, grads.dv = (t[:, :, :1] for t in (call.k, call.v, grads.dk, grads.dv))
+    call.extra_k, call.extra_v = (torch.zeros(2, 3, 1, 24, dtype=torch.float16) for _ in range(2))
+    call.bias = torch.zeros(2, 13 * 13 + 3)
+    call.key_bias, call.seed = torch.zeros(2, 21 * 21), torch.zeros(1, dtype=torch.int64)
+    call.dropout_p, call.drop_by_token = 0.25, True
+    grads.dlse, grads.dbias = torch.zeros(2, 21 * 21, 2), torch.zeros(2, 13 * 13 + 3)
+    grads.dextra_k, grads.dextra_v = (torch.zeros(2, 3, 1, 24) for _ in range(2))
+    return offline.launches(call, grads)
 
 
 def test_every_option_compiles() -> None:
     launched = every_option()
-    assert len({kernel.fn.__name__ for kernel, *_ in launched}) == 7
+    assert len({kernel.fn.__name__ for kernel, *_ in launched}) == 9
     for kernel, _, args, options in launched:
         offline.resources(offline.compile_launch(kernel, args, options, 90))
 
@@ -96,7 +109,7 @@ def test_lengths_and_scales_do_not_specialise() -> None:
 
 def test_no_transposed_result_is_a_left_operand() -> None:
     """Triton 3.4 to 3.7.0 miscompiles it on Hopper; see docs of attend_bwd."""
-    for module in (attend_fwd, attend_bwd):
+    for module in (attend_fwd, attend_bwd, attend_bwd_keys):
         text = Path(module.__file__).read_text()
         left = re.findall(r"tl\.dot\(tl\.trans\((\w+)\)", text)
         assert set(left) <= {"k"}, "only loaded tiles may be transposed into a left operand"

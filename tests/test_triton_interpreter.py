@@ -31,7 +31,13 @@ def test_kernels_quick(dtype: str) -> None:
     run_interpreted(f"quick and {dtype}")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_neighborhoods(dtype: str) -> None:
+    run_interpreted(f"test_neighborhood and {dtype}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_kernels_on_every_problem(dtype: str) -> None:
-    run_interpreted(f"every_problem and {dtype}")
+@pytest.mark.parametrize("test", ["every_problem", "all_neighborhoods"])
+def test_kernels_on_every_problem(test: str, dtype: str) -> None:
+    run_interpreted(f"{test} and {dtype}")

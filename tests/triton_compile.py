@@ -25,12 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from vicinal._attend import AttendCall, AttendGrads
+from vicinal._neighborhood_plan import AxisNeighborhood, neighborhood_plan
 from vicinal.kernels import attend, launch, tiles
-from vicinal.plan import AxisWindows, bias_size, window_plan
+from vicinal.plan import AxisWindows, Plan, bias_size, window_plan
 
 BUDGETS = Path(__file__).with_name("triton_budgets.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ARCHS = (80, 90, 100)
+RANGED_DIM = 64  # of the launches with ranges whose resources are kept
 DTYPES = {"half": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -93,14 +95,28 @@ def resources(binary: Any) -> dict[str, int]:
 def shifted_problem(dtype: torch.dtype, dim: int, window: int) -> tuple[AttendCall, AttendGrads]:
     """Shifted windows with a trained table: what Swin's blocks run."""
     axes = (AxisWindows(3 * window, window, window // 2, 0, 3 * window, window),) * 2
-    plan = window_plan(axes, "q-k")
+    return empty_call(dtype, dim, window_plan(axes, "q-k"), 9 * window * window, bias_size(axes, "q-k"))
+
+
+def neighborhood_problem(
+    dtype: torch.dtype, dim: int, grouped: bool = False
+) -> tuple[AttendCall, AttendGrads]:
+    """7 x 7 neighborhoods with a trained table, in tiles of 64 queries; `grouped`: two heads share keys."""
+    axes = (AxisNeighborhood(21, 3, 3, 1, 1, False, True, 21),) * 2
+    return empty_call(dtype, dim, neighborhood_plan(axes, True, (8, 8), (8, 8), grouped), 21 * 21, 13 * 13)
+
+
+def empty_call(
+    dtype: torch.dtype, dim: int, plan: Plan, tokens: int, entries: int
+) -> tuple[AttendCall, AttendGrads]:
+    """Two samples of two heads, all zero."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
 
     def rows(d: int = dim) -> torch.Tensor:
-        return torch.zeros(2, 9 * window * window, 2, d, dtype=dtype)
+        return torch.zeros(2, tokens, 2, d, dtype=dtype)
 
-    table = torch.zeros(2, bias_size(axes, "q-k"), dtype=acc)
-    lse = torch.zeros(2, 9 * window * window, 2, dtype=acc)
+    table = torch.zeros(2, entries, dtype=acc)
+    lse = torch.zeros(2, tokens, 2, dtype=acc)
     call = AttendCall(
         plan=plan, q=rows(), k=rows(), v=rows(), bias=table, q_scale=None, k_scale=None, extra_k=None,
         extra_v=None, key_bias=None, mask=None, seed=None, scale=dim**-0.5, mask_value=-100.0, edge_row=0,
@@ -120,8 +136,12 @@ def configurations(dtype_class: str) -> Iterator[tuple[str, Any, dict[str, Any],
         try:
             small = launches(*shifted_problem(DTYPES[dtype_class], dim, one_tile))
             large = launches(*shifted_problem(DTYPES[dtype_class], dim, 12))
+            ranged = launches(*neighborhood_problem(DTYPES[dtype_class], dim)) if dim == RANGED_DIM else []
         finally:
             attend.dtype_class = original
+        for kernel, _, args, options in ranged:
+            if "BLOCK_Q" in args:
+                yield f"{kernel.fn.__name__}+ranges {dtype_class} {dim}", kernel, args, options
         for kernel, _, args, options in [*(x for x in small if "_tile_" in x[0].fn.__name__), *large]:
             if dim == tiles.HEAD_DIMS[0] or "BLOCK_Q" in args:  # the small kernels of a class once
                 yield f"{kernel.fn.__name__} {dtype_class} {dim}", kernel, args, options

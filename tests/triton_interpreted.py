@@ -7,11 +7,14 @@ bfloat16 is left out: the interpreter's arithmetic on it is wrong.
 
 from __future__ import annotations
 
+import neighborhood_problems as neighborhoods
+import neighborhood_solutions as solutions
 import pytest
 import torch
 from problems import BY_NAME, PROBLEMS, Problem, violations
+from rule import compare
 
-from vicinal import Windows
+from vicinal import Neighborhood, Windows
 
 QUICK = (
     "2d-shift-overhang", "3d-overhang", "one-token-window", "grid-overhang", "overlap-overhang", "pooled-2d",
@@ -28,8 +31,47 @@ TILED_RELU2 = Problem(
 )
 
 
+NEIGHBORHOODS = (
+    "1d-stride-dilated", "1d-long", "2d-rectangle", "2d-dilated", "3d", "3d-causal-time", "sliding-causal",
+    "truncate-blocks-2d", "unlimited-stride", "more-keys-unread", "grouped-one", "extra-grouped",
+    "padding-sample-extra", "dropout-grouped", "crop",
+)  # fmt: skip
+NEIGHBORHOOD_TILED = neighborhoods.Problem(
+    "tiled-neighborhood", (150,), Neighborhood((70, 30), border="truncate"), batch=1, heads=4, kv_heads=2,
+    dim=5, dim_v=3, bias=True, extra=3, dropout_p=0.3, padding="bool",
+)  # fmt: skip
+
+
 def check(problem: Problem, dtype: torch.dtype) -> None:
     assert not violations(problem, dtype, "triton")
+
+
+def check_neighborhood(problem: neighborhoods.Problem, dtype: torch.dtype) -> None:
+    tensors = solutions.make(problem, dtype)
+    truth = solutions.exact(problem, tensors)
+    errors = solutions.dense_errors(problem, tensors, truth)
+    assert not compare(solutions.solve(problem, tensors, "triton"), truth, errors, dtype)
+
+
+@pytest.mark.parametrize(
+    "problem", [*(neighborhoods.BY_NAME[name] for name in NEIGHBORHOODS), NEIGHBORHOOD_TILED], ids=str
+)
+def test_neighborhood_float32(problem: neighborhoods.Problem) -> None:
+    check_neighborhood(problem, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "problem", [*(neighborhoods.BY_NAME[name] for name in NEIGHBORHOODS[2:4]), NEIGHBORHOOD_TILED], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=["float16", "float64"])
+def test_neighborhood(problem: neighborhoods.Problem, dtype: torch.dtype) -> None:
+    check_neighborhood(problem, dtype)
+
+
+@pytest.mark.parametrize("problem", neighborhoods.PROBLEMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_all_neighborhoods(problem: neighborhoods.Problem, dtype: torch.dtype) -> None:
+    check_neighborhood(problem, dtype)
 
 
 @pytest.mark.parametrize("problem", [*(BY_NAME[name] for name in QUICK), TILED, TILED_RELU2], ids=str)

@@ -17,6 +17,7 @@ struct HashForward : HashBlock<S, T> {
   using Base::a, Base::b, Base::begin, Base::code, Base::dvp, Base::end, Base::h, Base::kernel, Base::kN,
       Base::m, Base::values, Base::x;
   const HashFwd& p;
+  T* lane_sums;        // [dim][a vector]
   T *s, *shift, *out;  // padded S [bits + 1][dvp], offset v [kHashBlock][dvp], results [kHashBlock][dvp]
 
   explicit HashForward(const HashFwd& params) : Base(params.a), p(params) {}
@@ -24,20 +25,22 @@ struct HashForward : HashBlock<S, T> {
   void carve(cpu::Arena& arena) {
     Base::carve(arena);
     s = arena.take<T>(int64_t(a.bits + 1) * dvp), shift = arena.take<T>(int64_t(kHashBlock) * dvp);
-    out = arena.take<T>(int64_t(kHashBlock) * dvp);
+    out = arena.take<T>(int64_t(kHashBlock) * dvp), lane_sums = arena.take<T>(int64_t(a.dim) * kN);
   }
 
   // Partial of a chunk: sum of x [dim].
   void sum_units(T* partial) {
+    for (int32_t c = 0; c < a.dim; ++c) store(lane_sums + c * kN, Vec<T>{});
     for (int64_t first = begin; first < end; first += kHashBlock) {
       const int32_t count = static_cast<int32_t>(end - first < kHashBlock ? end - first : kHashBlock);
       this->unit_vectors(first, count);
       for (int32_t c = 0; c < a.dim; ++c) {
-        Vec<T> sum = {};
+        Vec<T> sum = load(lane_sums + c * kN);
         for (int32_t t = 0; t < kHashBlock; t += kN) sum += load(x + int64_t(c) * kHashBlock + t);
-        partial[c] += sum_lanes<T>(sum);
+        store(lane_sums + c * kN, sum);
       }
     }
+    for (int32_t c = 0; c < a.dim; ++c) partial[c] = sum_lanes<T>(load(lane_sums + c * kN));
   }
   T sigma_of(const T* partials, int64_t chunks) const {
     T dot = 0, base = 0;
@@ -76,12 +79,13 @@ struct HashForward : HashBlock<S, T> {
     gemm_rows(Gemm<T>{this->weight(), m, kernel, kHashBlock, nullptr, 0, code, kHashBlock, nullptr}, a.bits,
               m, Base::kSteps);
     for (int32_t t = 0; t < kHashBlock; t += kN) {
-      Ints<T> word = {};
+      Ints<T> word = {}, low = bit_mask<T>(0), high = bit_mask<T>(kHashBits);
       for (int32_t i = 0; i < a.bits; ++i) {
         T* at = code + int64_t(i) * kHashBlock + t;
         const Vec<T> y = load(at), one = splat(T(1));
         const Ints<T> set = y >= Vec<T>{}, near = (y < one) & (y > -one);
-        word |= (set & bit_mask<T>(i)) | (near & bit_mask<T>(kHashBits + i));
+        word |= (set & low) | (near & high);
+        low += low, high += high;
         store(at, y >= Vec<T>{} ? one : -one);
       }
       for (int32_t i = 0; i < kN && t + i < count; ++i) words[t + i] = static_cast<int32_t>(word[i]);

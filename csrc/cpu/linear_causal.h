@@ -87,21 +87,23 @@ struct Chunk : Head<S, T> {
     }
   }
 
-  // square_ij = (row_i . column_j + d_i) * power_ij for the strips up to the diagonal; d null: 0.
-  void square(const T* rows, int stride, int steps, const T* d, T* to) {
-    constexpr int kN = kLanes<T>;
+  // square_ij = row_i . column_j for the strips up to the diagonal.
+  void square(const T* rows, int stride, int steps, T* to) {
     for (int i0 = 0; i0 < n; i0 += kStrip) {
-      const int m = n - i0 < kStrip ? n - i0 : kStrip, width = i0 + kStrip;
+      const int m = n - i0 < kStrip ? n - i0 : kStrip;
       gemm_rows(product<T>(rows + int64_t(i0) * stride, stride, columns, kTile, nullptr, to + i0 * kTile,
                            kTile, &this->coming.ahead),
-                m, steps, width / kN);
-      for (int i = i0; i < i0 + m; ++i) {
-        const int first = a.decay || d ? 0 : i0;  // to the left of it power is 1
-        const T added = d ? d[i] : T(0);
-        for (int j = first; j < width; j += kN) {
-          T* at = to + i * kTile + j;
-          store(at, (load(at) + added) * load(power + i * kTile + j));
-        }
+                m, steps, (i0 + kStrip) / kLanes<T>);
+    }
+  }
+  // square_ij = (square_ij + d_i) * power_ij; d null: 0.
+  void apply_power(const T* d, T* square) {
+    for (int i = 0; i < n; ++i) {
+      const int strip = i / kStrip * kStrip, first = a.decay || d ? 0 : strip;  // to its left power is 1
+      const T added = d ? d[i] : T(0);
+      for (int j = first; j < strip + kStrip; j += kLanes<T>) {
+        T* at = square + i * kTile + j;
+        store(at, (load(at) + added) * load(power + i * kTile + j));
       }
     }
   }

@@ -23,7 +23,7 @@ struct Backward : Chunk<S, T> {
   T* grads;              // per shared head: dh transposed, and dz
   T* dh;                 // [K][Vp]
   T* slopes;             // P, a square
-  T* y;                  // a tile [kTile][Vp]: out, then dv
+  T* y;                  // a tile [kTile][Vp]: dv
   T *up, *dup, *ddp;     // gradients of p like u, du, dd of f
   T* db;
 
@@ -83,26 +83,34 @@ struct Backward : Chunk<S, T> {
     }
   }
 
-  // r in o, and d = -(out . dout) / den.
-  void load_upstream(int32_t h) {
-    this->load_dout(w, h);
-    if (!a.normalize) return;
-    pack_tile(this->place(w.out, h, z.dim_v), y, z.Vp);
-    row_dots(y, z.Vp, o, z.Vp, n, z.Vp, d);
-    for (int i = 0; i < n; ++i) d[i] = -d[i];
-  }
-  // The squares: weights A, and slopes P.
-  void squares() {
+  // The squares: weights A, and (r_i . v_j), which `query_gradients` makes P; and what u gets from the sums.
+  void squares(const T* h_t) {
     this->transpose_to_columns(p, z.Kp, z.K);
-    this->square(f, z.Kp, z.K, nullptr, this->weights);
+    this->square(f, z.Kp, z.K, this->weights);
+    this->apply_power(nullptr, this->weights);
     this->transpose_to_columns(v, z.Vp, z.dim_v);
-    this->square(o, z.Vp, z.dim_v, a.normalize && !z.own_den ? d : nullptr, slopes);
-  }
-  void query_gradients(const T* h_t) {
+    this->square(o, z.Vp, z.dim_v, slopes);
     gemm_rows(product<T>(o, z.Vp, h_t, z.Kp, nullptr, u, z.Kp, &this->coming.ahead), n, z.dim_v,
               z.Kp / kLanes<T>);
-    if (a.normalize && !z.own_den) add_to_rows(u, z.Kp, d, h_t + z.st(), n, z.Kp);
     if (a.decay) scale_rows(u, z.Kp, this->e, n, z.Kp);
+  }
+  // d = -(out . dout) / den, without out: it may be rounded, and dq is a difference in which that would show.
+  void den_slopes() {
+    if (!a.normalize) return;
+    row_dots(f, z.Kp, u, z.Kp, n, z.Kp, d);
+    for (int i0 = 0; i0 < n; i0 += kStrip) {
+      const int m = n - i0 < kStrip ? n - i0 : kStrip;
+      row_dots(this->weights + i0 * kTile, kTile, slopes + i0 * kTile, kTile, m, i0 + kStrip, this->den + i0);
+    }
+    for (int i = 0; i < n; ++i) d[i] = -(d[i] + this->den[i]) * this->inverse[i];
+  }
+  void query_gradients(const T* h_t) {
+    const bool shared_den = a.normalize && !z.own_den;
+    this->apply_power(shared_den ? d : nullptr, slopes);
+    if (shared_den) {
+      for (int i = 0; i < n; ++i) this->den[i] = a.decay ? d[i] * this->e[i] : d[i];
+      add_to_rows(u, z.Kp, this->den, h_t + z.st(), n, z.Kp);
+    }
     this->below(slopes, p, z.Kp, u);
   }
   void key_gradients(const T* dh_t, int32_t h) {
@@ -176,8 +184,9 @@ struct Backward : Chunk<S, T> {
       this->constant_ready = this->constant_ready && z.shared == 1;
       this->set_decay(h);
       this->load_v(h);
-      load_upstream(h);
-      squares();
+      this->load_dout(w, h);
+      squares(state(i, g));
+      den_slopes();
       query_gradients(state(i, g));
       key_gradients(dh_t, h);
       if (w.ddecay) {

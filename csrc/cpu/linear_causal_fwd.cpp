@@ -20,7 +20,8 @@ struct Forward : Chunk<S, T> {
   // What the tokens of the chunk get from each other and from the sums.
   void outputs(const LinearFwd& w, int32_t h) {
     this->transpose_to_columns(this->p, z.Kp, z.K);
-    this->square(this->f, z.Kp, z.K, nullptr, this->weights);
+    this->square(this->f, z.Kp, z.K, this->weights);
+    this->apply_power(nullptr, this->weights);
     gemm_rows(product<T>(this->f, z.Kp, sums.s, z.Vp, nullptr, this->o, z.Vp, &this->coming.ahead), n, z.K,
               z.Vp / kLanes<T>);
     if (a.decay) scale_rows(this->o, z.Vp, this->e, n, z.Vp);
@@ -28,7 +29,8 @@ struct Forward : Chunk<S, T> {
     if (a.normalize) {
       if (z.own_den) {
         this->transpose_to_columns(this->pd, z.Kdp, z.Kd);
-        this->square(this->fd, z.Kdp, z.Kd, nullptr, this->weights);
+        this->square(this->fd, z.Kdp, z.Kd, this->weights);
+        this->apply_power(nullptr, this->weights);
       }
       row_dots(this->fd, z.Kdp, sums.z, 0, n, z.Kdp, this->den);
       this->row_sums(this->weights, this->inverse);

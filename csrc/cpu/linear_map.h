@@ -34,7 +34,7 @@ inline Vec<T> phi_slope(Vec<T> x, Vec<T> value, T param) {
   } else if constexpr (kMap == kMapRelu2) {
     return x > zero ? x + x : zero;
   } else if constexpr (kMap == kMapExp) {
-    return x - param < splat(T(kMostExponent)) ? value : zero;
+    return x - param > splat(T(kMostExponent)) ? zero : value;
   } else {
     return one;
   }

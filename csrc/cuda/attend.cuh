@@ -2,7 +2,7 @@
 // pair.
 #pragma once
 
-#include "tile.cuh"
+#include "ranges.cuh"
 
 namespace vicinal::cuda {
 

@@ -87,6 +87,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   load_rows(v_tile, t.dv_stride, keys, rows, a.v, a.extra_v, batch, kv_head, a.head_dim_v, t.dv_pad,
             t.v_align);
   const KeySlot key[2] = {keys[up], keys[up + 8]};
+  const bool one_row = pass.rows_each == 1;
+  const WarpBox of_warp(keys + warp_row(), one_row && own.flags & kRowRanges ? a.plan.guard : 0);
   float dk[M][4] = {}, dv[M][4] = {};
 
   auto load_slots = [&](int inner, int stage) {
@@ -106,6 +108,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   for_each_tile(q_tiles * group * row_count, t.stages, load_slots, load_tiles, [&](int inner, int stage) {
     const Window w = take_window(inner);
     const int count = smaller(kInner, box_slots(a.plan.rows[w.row].q_extent) - inner * kInner);
+    if (of_warp.skips(queries + stage * kInner, count)) return;
     const Logits logit(a, w);
     if (dropout.on()) dropout.set_head(a, batch, w.head);
     const T* q_rows = q_tile + stage * kInner * t.d_stride;

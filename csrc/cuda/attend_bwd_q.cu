@@ -111,6 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     load_rows(dout_tile, t.dv_stride, queries, rows, p.dout, p.dout, w.batch, head, a.head_dim_v, t.dv_pad,
               t.out_align);
     const QuerySlot q[2] = {queries[up], queries[up + 8]};
+    const WarpBox of_warp(queries + warp_row(), logit.guard);
     float dq[M][4] = {};
 
     auto load_slots = [&](int tile, int stage) {
@@ -126,6 +127,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     };
     for_each_tile(tiles_of(k_total, kInner), t.stages, load_slots, load_tiles, [&](int tile, int stage) {
       const int count = smaller(kInner, k_total - tile * kInner);
+      if (of_warp.skips(keys + stage * kInner, count)) return;
       const T* k_rows = k_tile + stage * kInner * t.d_stride;
       float s[N][4] = {}, dp[N][4] = {};
       product_nt(s, q_tile + warp_row() * t.d_stride, t.d_stride, k_rows, t.d_stride, t.d_pad, count);

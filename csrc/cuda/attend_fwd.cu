@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads) attend_fwd_kernel(AttendFwd p, Ti
   simt::sync_threads();
   load_rows(q_tile, t.d_stride, queries, rows, a.q, a.q, w.batch, head, a.head_dim, t.d_pad, t.q_align);
   const QuerySlot q[2] = {queries[up], queries[up + 8]};
+  const WarpBox of_warp(queries + warp_row(), logit.guard);
   float o[M][4] = {}, m[2] = {minus_infinity(), minus_infinity()}, l[2] = {};
 
   auto load_slots = [&](int tile, int stage) {
@@ -89,6 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads) attend_fwd_kernel(AttendFwd p, Ti
   };
   for_each_tile(tiles_of(k_total, kKeys), t.stages, load_slots, load_tiles, [&](int tile, int stage) {
     const int count = smaller(kKeys, k_total - tile * kKeys);
+    if (of_warp.skips(keys + stage * kKeys, count)) return;
     float s[N][4] = {};
     product_nt(s, q_tile + warp_row() * t.d_stride, t.d_stride, k_tile + stage * kKeys * t.d_stride,
                t.d_stride, t.d_pad, count);

@@ -48,7 +48,7 @@ def check_call(
     number("offset", offset, True)
     if offset is not None and offset <= bits:
         raise ValueError(
-            f"offset is {offset!r}; it must be above {bits}, the bits of a code, so that every weight is positive"
+            f"offset is {offset!r}; it must be above {bits}, the bits of a code: weights must be positive"
         )
 
 
@@ -76,7 +76,8 @@ def _check_tables(qk: Tensor, anchors: Any, weight: Any, mean: Any) -> int:
     count = anchors.shape[-2]
     if weight.shape[-1] != count or weight.shape[-2] < 1:
         raise ValueError(
-            f"weight has shape {list(weight.shape)}; it must be [H, bits, m] or [bits, m] with m = {count} anchors"
+            f"weight has shape {list(weight.shape)}; it must be [H, bits, m] or [bits, m] "
+            f"with m = {count} anchors"
         )
     if mean.shape[-1] != count:
         raise ValueError(

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 BITS = 16  # of a packed code: bit i where y_i >= 0, bit BITS + i where |y_i| < 1
-
-
-class StraightThrough(torch.autograd.Function):
-    """sign(y), +1 at 0; the gradient passes where `near`."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, code: Tensor, near: Tensor) -> Tensor:
-        ctx.save_for_backward(near)
-        return code.to(y.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad * ctx.saved_tensors[0], None, None
 
 
 def projections(qk: Tensor, anchors: Tensor, weight: Tensor, mean: Tensor) -> Tensor:
@@ -63,7 +48,8 @@ def hash_(
         code, near = torch.where(y >= 0, 1.0, -1.0), y.abs() < 1
     else:
         code, near = unpack(words, weight.shape[-2])
-    features = StraightThrough.apply(y, code, near)  # [B, H, N, bits]
+    passed = y * near
+    features = code.to(dtype) + (passed - passed.detach())  # the signs, with the gradient of y where near
     value = v.to(dtype).transpose(1, 2)
     memory = features.transpose(-2, -1) @ value
     total = value if itself else value.sum(-2, keepdim=True)

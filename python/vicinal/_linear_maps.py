@@ -36,7 +36,7 @@ class FeatureMap:
     exp         exp(min(x - param, 32))
     softmax     queries: softmax over the head dim; keys: over the tokens. Rows sum to 1: normalize=False
     focused     u = (relu(x) + 1e-6) / c, y = u^power, phi = y |u| / |y|, c = softplus(scale) or 1
-    favor       x' = dk^-1/4 x, phi = m^-1/2 (exp(W x' - |x'|^2 / 2 - max) + 1e-4), W = projection [m, dk]
+    favor       x' = dk^-1/4 x, phi = m^-1/2 (exp(t - |x'|^2 / 2 - max t) + 1e-4), t = projection x'
     ==========  ==============================================================================================
 
     Args:
@@ -105,13 +105,14 @@ def focused(x: Tensor, feature_map: FeatureMap) -> Tensor:
 
 def favor(x: Tensor, projection: Tensor, keys: bool, ignored: Tensor | None, streaming: bool) -> Tensor:
     x = x * x.shape[-1] ** -0.25
-    logits = x @ projection.t() - x.square().sum(-1, keepdim=True) / 2
+    t = x @ projection.t()
+    logits = t - x.square().sum(-1, keepdim=True) / 2
     if not keys:
-        logits = logits - logits.detach().amax(-1, keepdim=True)
+        logits = logits - t.detach().amax(-1, keepdim=True)
     elif streaming:
         logits = logits.clamp(max=MOST_EXPONENT)
     elif x.shape[1]:
-        seen = logits.detach()
+        seen = t.detach()
         if ignored is not None:
             seen = seen.masked_fill(ignored[..., None, None], -torch.inf)
         most = seen.amax((1, 3), keepdim=True)

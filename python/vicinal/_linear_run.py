@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _backends, reference_linear
 from . import _linear_check as check
+from . import reference_linear
+from ._choice import Key, choose
+from ._choice import problem_key as shared_key
 from ._linear_maps import ELEMENTWISE, FeatureMap
 from ._linear_op import linear_op
 
 CHANNEL_DECAY = "decay per channel"
-
-# device, dtype, head_dim, head_dim_v, features, arch: constants to torch.compile, which makes no Problem
-ProblemKey = tuple[str, torch.dtype, int, int, tuple[str, ...], int | None]
 
 
 class LinearState(NamedTuple):
@@ -117,24 +116,10 @@ def prepare(q: Any, k: Any, v: Any, *, feature_map: Any, initial_state: Any, **o
     return call
 
 
-def problem_key(call: Call) -> ProblemKey:
-    q, features, arch = call.q, [], None
-    if call.decay is not None and call.decay.dim() == 4:
-        features.append(CHANNEL_DECAY)
-    if q.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(q.device)
-        arch = major * 10 + minor
-    return q.device.type, q.dtype, index(call.feature_width), index(call.v.shape[-1]), tuple(features), arch
-
-
-def problem_of(key: ProblemKey) -> _backends.Problem:
-    device, dtype, head_dim, head_dim_v, features, arch = key
-    return _backends.Problem("linear", device, dtype, head_dim, head_dim_v, frozenset(features), arch)
-
-
-@torch.compiler.assume_constant_result
-def choose(key: ProblemKey, backend: str | None) -> str:
-    return _backends.select(problem_of(key), backend)
+def problem_key(call: Call) -> Key:
+    features = [CHANNEL_DECAY] if call.decay is not None and call.decay.dim() == 4 else []
+    family, device, dtype, _, *rest = shared_key("linear", call.q, call.v, features)
+    return family, device, dtype, index(call.feature_width), *rest
 
 
 def run(call: Call, backend: str | None) -> tuple[Tensor, LinearState]:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from . import _backends
 from . import _linear_check as check
+from ._attend_run import choose
 from ._linear_maps import ELEMENTWISE
-from ._linear_run import IDENTITY, Call, LinearState, as_state, choose, prepare, problem_key, run_reference
+from ._linear_run import IDENTITY, Call, LinearState, as_state, prepare, problem_key, run_reference
 
 # What was found for the first call of a signature: op, its options.
 Settled = tuple[Any, tuple[Any, ...]]

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
 from math import prod
+from typing import NamedTuple
 
 from ._neighborhood_plan import AxisNeighborhood
 
-QUERIES = 64  # of a tile on a GPU, at most; a tile costs as if it had a multiple of this
+
+class Rule(NamedTuple):
+    """What the tiles of a GPU's backend cost. `slots`: of a tile, at most. `unit`: consecutive slots that are
+    computed together; a tile costs as if its slots were a multiple of it. `load`: cost of bringing one slot
+    of the other side to a tile, in pairs. `block`: slots of the other side count in multiples of this, 0: no
+    rounding. `skips`: a unit passes over what none of its own slots sees."""
+
+    slots: int
+    unit: int
+    load: int = 0
+    block: int = 0
+    skips: bool = False
+
+
+# On a GPU, per multiprocessor and cycle, the cache brings about 30 bytes (at head dim 32, a quarter of a key
+# and its value), and pairs cost mostly their exponential and its surroundings: 16 queries of a key about as
+# much as the key's way to them. An estimate, not a measurement.
+RULES = {
+    "triton": Rule(64, 16, load=16, block=64),
+    "cuda": Rule(64, 16, load=16, skips=True),
+}
 CPU_QUERIES = 256  # of a tile, at most
 CPU_WIDTH = 8  # of them on the last of several axes: the lines of a window stay in the first-level cache
 EXACT = 1024  # slots, at most, of a tile whose queries all read the same keys
@@ -22,8 +44,11 @@ def choose_tiles(backend: str, axes: tuple[AxisNeighborhood, ...]) -> tuple[Tile
     exact = tuple(_exact(axis) for axis in axes)
     if all(exact) and prod(exact) <= EXACT:
         return exact, exact
-    chosen = _cheapest_cpu if backend == "cpu" else _cheapest
-    return chosen(axes), chosen(tuple(axis._replace(stride=1) for axis in axes))
+    keys = tuple(axis._replace(stride=1) for axis in axes)
+    if backend == "cpu":
+        return _cheapest_on_cpu(axes), _cheapest_on_cpu(keys)
+    rule = RULES.get(backend, RULES["cuda"])
+    return _cheapest_on_gpu(axes, rule), _cheapest_on_gpu(keys, rule)
 
 
 def _group(axis: AxisNeighborhood) -> int:
@@ -54,39 +79,54 @@ def _span(axis: AxisNeighborhood, n: int, size: int) -> int:
     return min(n, axis.kernel + (-(-size // axis.stride) - 1) * axis.stride)
 
 
-def _pieces(axis: AxisNeighborhood, most: int) -> list[tuple[int, int, int]]:
-    """(size, number, keys of one) of the ways to cut a group into even pieces of at most `most` queries."""
-    n, found = _group(axis), {}
-    for size in range(1, min(n, most) + 1):
-        number = -(-n // size)
-        found[number] = (-(-n // number), number, _span(axis, n, -(-n // number)))
-    return list(found.values())
-
-
-def _cheapest(axes: tuple[AxisNeighborhood, ...]) -> Tile:
-    """The tile of at most QUERIES slots whose rows read the fewest pairs."""
+def _cheapest(axes: tuple[AxisNeighborhood, ...], most: int, cost: Callable[[Tile, int, int], float]) -> Tile:
+    """The tile of at most `most` slots with the least cost(tile, tiles of the grid, keys that they read
+    together)."""
+    per_axis = []
+    for axis in axes:
+        n, found = _group(axis), {}
+        for size in range(1, min(n, most) + 1):
+            pieces = -(-n // size)
+            found[pieces] = (-(-n // pieces), pieces)
+        per_axis.append(list(found.values()))
     best: tuple[float, Tile] = (float("inf"), (1,) * len(axes))
-    for choice in product(*(_pieces(axis, QUERIES) for axis in axes)):
-        slots = prod(size for size, _, _ in choice)
-        if slots > QUERIES:
-            continue
-        pairs = prod(number * span for _, number, span in choice) * (-(-slots // QUERIES) * QUERIES)
-        best = min(best, (pairs, tuple(size for size, _, _ in choice)))
+    for choice in product(*per_axis):
+        tile, tiles = tuple(size for size, _ in choice), prod(pieces for _, pieces in choice)
+        if prod(tile) <= most:
+            best = min(best, (cost(tile, tiles, tiles * _box(axes, tile)), tile))
     return best[1]
 
 
-def _cheapest_cpu(axes: tuple[AxisNeighborhood, ...]) -> Tile:
-    """The tile of at most CPU_QUERIES queries that costs the fewest cycles besides the pairs themselves."""
-    window = prod(_span(axis, _group(axis), 1) for axis in axes)
-    queries = prod(_group(axis) for axis in axes)
-    best: tuple[float, Tile] = (float("inf"), (1,) * len(axes))
-    widest = [*[CPU_QUERIES] * (len(axes) - 1), CPU_QUERIES if len(axes) == 1 else CPU_WIDTH]
-    for choice in product(*(_pieces(axis, most) for axis, most in zip(axes, widest, strict=True))):
-        size, tiles = prod(c[0] for c in choice), prod(c[1] for c in choice)
-        if size > CPU_QUERIES:
-            continue
-        packed = prod(number * span for _, number, span in choice)
-        alone = choice[-1][0] % 4 / choice[-1][0]  # the kernel takes four neighbours together
-        cycles = 12 * packed + 0.7 * alone * window * queries + 500 * tiles
-        best = min(best, (cycles, tuple(c[0] for c in choice)))
-    return best[1]
+def _cheapest_on_gpu(axes: tuple[AxisNeighborhood, ...], rule: Rule) -> Tile:
+    def cost(tile: Tile, tiles: int, read: int) -> int:
+        slots = -(-prod(tile) // rule.unit) * rule.unit
+        computed = read // tiles
+        if rule.block:
+            computed = -(-computed // rule.block) * rule.block
+        if rule.skips:
+            left, unit = rule.unit, []
+            for size in reversed(tile):
+                unit.append(min(size, left))
+                left = -(-left // size)
+            computed = _box(axes, tuple(reversed(unit)))
+        return tiles * slots * computed + rule.load * read
+
+    return _cheapest(axes, rule.slots, cost)
+
+
+def _cheapest_on_cpu(axes: tuple[AxisNeighborhood, ...]) -> Tile:
+    """By the cycles that it costs besides the pairs themselves."""
+    pairs = prod(_group(axis) * _span(axis, _group(axis), 1) for axis in axes)
+
+    def cost(tile: Tile, tiles: int, read: int) -> float:
+        if len(tile) > 1 and tile[-1] > CPU_WIDTH:
+            return float("inf")
+        alone = tile[-1] % 4 / tile[-1]  # the kernel takes four neighbours together
+        return 12 * read + 0.7 * alone * pairs + 500 * tiles
+
+    return _cheapest(axes, CPU_QUERIES, cost)
+
+
+def _box(axes: tuple[AxisNeighborhood, ...], tile: Tile) -> int:
+    """Keys that a tile reads."""
+    return prod(_span(axis, _group(axis), size) for axis, size in zip(axes, tile, strict=True))

@@ -169,7 +169,7 @@ def from_knn(neighbours: Tensor, mask: Tensor | None = None, n_k: int | None = N
     q = torch.arange(n + 1, dtype=torch.int32, device=neighbours.device)
     arrays = (q[:-1], listed.to(torch.int32), q, begin.to(torch.int32), ends.to(torch.int32))
     covers_k = len(torch.unique(listed)) == n_k
-    traits = (True, covers_k, True, True, True)
+    traits = (bool((ends > begin).all()), covers_k, True, True, True)
     return Segments(*arrays, n, n_k, min(n, 1), most, *traits)
 
 

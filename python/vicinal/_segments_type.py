@@ -29,11 +29,12 @@ class Segments:
         n_k: rows of k and v.
         max_q: bound of the queries of a segment.
         max_k: bound of the keys of a segment.
-        covers_q: whether every row of q is in a segment.
+        covers_q: whether every row of q is in a segment with keys.
         covers_k: whether every row of k stands at a slot that a segment with queries reads.
         repeats: whether a row of k may stand at several slots.
         apart: whether no slot is read by two segments.
         monotone: whether k_begin and k_end never decrease over the segments with queries and keys.
+        kept: what was built from the others, such as the plan of the kernels.
 
     Example:
         >>> from vicinal import segments
@@ -55,7 +56,7 @@ class Segments:
     repeats: bool
     apart: bool
     monotone: bool
-    _kept: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -117,6 +118,7 @@ class SegmentGroups:
                     f"{made[0][0].n_q} and {made[0][0].n_k} on {made[0][0].device}"
                 )
         self.groups = made
+        self.kept: dict[str, Any] = {}
 
     @property
     def heads(self) -> int:
@@ -205,6 +207,6 @@ def derived(
     read = torch.cumsum(read.index_add_(0, b, ones).index_add_(0, e, -ones), 0)[:-1] > 0
     covers_k = len(torch.unique(k_index[read])) == n_k
     longest = [int(x.max()) if len(x) else 0 for x in (ptr[1:] - ptr[:-1], end - begin)]
-    covers_q = q_index.shape[0] == n_q
+    covers_q = int((ptr[1:] - ptr[:-1])[used].sum()) == n_q
     traits = (covers_q, covers_k, repeats, apart, monotone)
     return Segments(q_index, k_index, ptr, begin, end, n_q, n_k, *longest, *traits)

@@ -1,6 +1,6 @@
 """Hash attention: codes of signs instead of features, so that sums over tokens need only additions.
 
-The attention of EcoFormer: one projection serves queries and keys, its cost is linear in the number of tokens.
+The attention of EcoFormer: one projection serves queries and keys; cost is linear in the number of tokens.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def hash_attention(
     tables = tuple((x if x.dim() == rank else x.expand(heads, *x.shape)).contiguous() for x, rank in ranked)
     chosen = choose(_key(qk, v, weight), backend)
     if chosen == "reference":
-        return reference(qk, v, *tables, itself=itself, offset=offset)
+        with torch.autocast(qk.device.type, enabled=False):
+            return reference(qk, v, *tables, itself=itself, offset=offset)
     return hash_op(chosen, False, (itself, offset), qk, v, *tables)[0]
 
 

@@ -137,13 +137,7 @@ def prepare(call: Call) -> Call:
 
 
 def key_of(call: Call) -> Key:
-    options = {
-        "laplace": call.activation == "laplace",
-        "causal": call.is_causal,
-        "gate": call.gate,
-        "bias": call.bias is not None,
-        "dropout": call.dropout_p > 0,
-    }
+    options = {"dropout": call.dropout_p > 0, "keys above 256": call.quad_q.shape[-1] > 256}
     return problem_key("joint", call.quad_q, call.v, tuple(name for name, there in options.items() if there))
 
 
@@ -168,17 +162,18 @@ def run_reference(
     options = (group, call.is_causal, call.activation, call.quad_scale, call.lin_scale)
     o = resolve((*options, float(call.dropout_p), call.gate, False), call.v.shape[1])
     qk = (call.quad_q, call.quad_k, call.lin_q, call.lin_k)
-    return reference(
-        *(*qk, call.v, call.u, call.bias, call.key_padding_mask, seed),
-        group=o.group,
-        causal=o.causal,
-        activation=o.activation,
-        quad_scale=o.quad_scale,
-        lin_scale=o.lin_scale,
-        dropout_p=o.dropout_p,
-        gate=o.gate,
-        compute_dtype=compute_dtype,
-    )
+    with torch.autocast(call.v.device.type, enabled=False):
+        return reference(
+            *(*qk, call.v, call.u, call.bias, call.key_padding_mask, seed),
+            group=o.group,
+            causal=o.causal,
+            activation=o.activation,
+            quad_scale=o.quad_scale,
+            lin_scale=o.lin_scale,
+            dropout_p=o.dropout_p,
+            gate=o.gate,
+            compute_dtype=compute_dtype,
+        )
 
 
 def _explained(*args: Any, **kwargs: Any) -> Any:

@@ -95,7 +95,7 @@ def linear(
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
         sequences = [(slice(0, 1), slice(a, b)) for a, b in itertools.pairwise(ends)]
-    elif batch:
+    else:
         sequences = [(slice(None), slice(None))]  # all samples at once
     results, first = [], 0
     for samples, tokens in sequences:
@@ -188,8 +188,9 @@ def _sequence(x: _Parts, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if mask != "inclusive":
             s, z = _add(now, s, z, b)
         outs.append(_finish(num, den, x.options))
-    out = torch.cat(outs, 1) if outs else x.v.new_zeros(x.v.shape)
-    return out, s, z
+    if not outs:  # no tokens: the sums depend on them nevertheless
+        return x.v, *_add(x, s, z, None)
+    return torch.cat(outs, 1), s, z
 
 
 def _weights(f: Tensor, p: Tensor, b: Tensor | None) -> Tensor:

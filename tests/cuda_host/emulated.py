@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vicinal import _backends, _launch, _windowed_op, _windowed_run
+from vicinal import _backends, _launch, _neighborhood_op, _neighborhood_run, _windowed_op, _windowed_run
 from vicinal._attend import AttendCall, AttendGrads
 
 from .conftest import CSRC, HERE, HostBuild, run_program
@@ -101,6 +101,7 @@ def only_here(device: str) -> str:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROW = _launch.Launchers("emulated", forward, backward, ("cpu",), DTYPES, only_here, max_head_dim=256)
 _windowed_op.WINDOWED.define(ROW)
+_neighborhood_op.NEIGHBORHOOD.define(ROW)
 
 
 @contextmanager
@@ -109,7 +110,8 @@ def emulated(build: HostBuild, flavor: str = "plain", **schedule: int) -> Iterat
     emulation.append(Emulation(build(SOURCES, flavor), flavor, **schedule))
     order, rows = _backends.ORDER, list(_backends._rows)
     _backends.ORDER = (*order, "emulated")  # type: ignore[assignment]
-    _backends.register(ROW.capability("windowed"))
+    for family in ("windowed", "neighborhood"):
+        _backends.register(ROW.capability(family))
     try:
         yield emulation[-1]
     finally:
@@ -117,3 +119,4 @@ def emulated(build: HostBuild, flavor: str = "plain", **schedule: int) -> Iterat
         _backends.ORDER, _backends._rows[:] = order, rows
         _backends._choice.cache_clear()
         _windowed_run._settled.clear()
+        _neighborhood_run._settled.clear()
