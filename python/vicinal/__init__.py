@@ -17,6 +17,8 @@ from vicinal.linear import (
     retnet_decay,
 )
 from vicinal.neighborhood import Neighborhood, neighborhood_attention, neighborhood_attention_qkvpacked
+from vicinal.neighborhood_decode import RingKVCache, sliding_window_decode
+from vicinal.neighborhood_slots import neighborhood_aggregate, neighborhood_scores
 from vicinal.segments import SegmentGroups, Segments
 from vicinal.voxel import ContextTable, KeyBias, RelTable, Rope3D, voxel_attention
 from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
@@ -30,6 +32,7 @@ __all__ = [
     "Neighborhood",
     "RelTable",
     "RelativeBias",
+    "RingKVCache",
     "Rope3D",
     "SegmentGroups",
     "Segments",
@@ -44,11 +47,14 @@ __all__ = [
     "lightning_decay",
     "linear_attention",
     "linear_attention_step",
+    "neighborhood_aggregate",
     "neighborhood_attention",
     "neighborhood_attention_qkvpacked",
+    "neighborhood_scores",
     "nn",
     "restore",
     "retnet_decay",
+    "sliding_window_decode",
     "segments",
     "voxel_attention",
     "windowed_attention",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,7 @@ def neighborhood_scores(
     bias: Tensor | None = None,
     extra_k: Tensor | None = None,
 ) -> Tensor:
-    """q, k [B, *space, h, D], extra_k [B, E, h, D] -> [B, *space, h, S + E], -inf where a window has a hole."""
+    """q, k [B, *space, h, D], extra_k [B, E, h, D] -> [B, *space, h, S + E], -inf in holes."""
     axes = _axes(q, kernel_size, dilation, is_causal)
     table = None if bias is None else bias.flatten(1).to(q.dtype)
     s = reference.scores(q.flatten(1, -3), k.flatten(1, -3), axes, 1.0, table, extra_k)
@@ -50,5 +51,10 @@ def neighborhood_aggregate(
 ) -> Tensor:
     """weights [B, *space, h, S + E], v [B, *space, h, D], extra_v [B, E, h, D] -> [B, *space, h, D]."""
     axes = _axes(v, kernel_size, dilation, is_causal)
+    slots = prod(axis.kernel for axis in axes) + (0 if extra_v is None else extra_v.shape[1])
+    if weights.shape[-1] != slots:
+        raise ValueError(
+            f"weights has {weights.shape[-1]} slots; the window and the extra values have {slots}"
+        )
     out = reference.aggregate(weights.flatten(1, -3), v.flatten(1, -3), axes, extra_v)
     return out.unflatten(1, v.shape[1:-2])
