@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "block.h"
+#include "pairs_bwd.h"
 #include "schedule.h"
 #include "weights.h"
 
@@ -46,8 +47,9 @@ struct Backward : Block<S, T> {
   static constexpr bool kSame = std::is_same_v<S, T>;
 
   const AttendBwd& p;
-  const bool softmax;
+  const bool softmax, pairs;
   bool q_in_place, dout_in_place;
+  T* ds_rows;  // of pairs_bwd.h
   T q_factor[kBlockQueries], *k_factor;  // what rows of dq and dk are multiplied by
   T *dout, *dout_rows;  // dO^T [Dv][kBlockQueries] and rows [kBlockQueries][Dvp]
   T* ds;                // dP, then dS, laid out like s
@@ -58,12 +60,14 @@ struct Backward : Block<S, T> {
   // factor: what makes the weights of a query add up to 1. Packed rows of dO take it, else the weights do.
   T lse[kBlockQueries], dlse[kBlockQueries], factor[kBlockQueries];
 
-  explicit Backward(const AttendBwd& params) : Base(params.a), p(params), softmax(a.activation == kSoftmax) {
+  explicit Backward(const AttendBwd& params) : Base(params.a), p(params), softmax(a.activation == kSoftmax),
+        pairs(can_pair<S>(a) && Dv % 2 == 0) {
     this->read_too = p.dout;
     this->write_q = p.dq, this->write_k = p.dk, this->write_v = p.dv;
     const bool one_block = kSame && a.plan.q_slots <= kBlockQueries;  // several would read rows again and again
     this->k_in_place = one_block && !a.k_scale && D % kN == 0, this->v_in_place = one_block;
-    q_in_place = one_block && !a.q_scale && D % kN == 0, dout_in_place = one_block && Dv % kN == 0;
+    q_in_place = pairs || (one_block && !a.q_scale && D % kN == 0);
+    dout_in_place = one_block && Dv % kN == 0;
   }
   void carve(cpu::Arena& arena, int32_t group_heads) {
     Base::carve(arena, group_heads);
@@ -73,6 +77,7 @@ struct Backward : Block<S, T> {
     dq = arena.take<T>(int64_t(kBlockQueries) * Dp);
     dk = arena.take<T>(this->k_most * Dp), dv = arena.take<T>(this->k_most * Dvp);
     k_factor = arena.take<T>(this->k_most);
+    ds_rows = pairs ? arena.take<T>(this->k_most * kBlockQueries / 2) : nullptr;
     dbias = p.dbias ? arena.take<T>(this->bias_stride() * group_heads) : nullptr;
   }
 
@@ -85,7 +90,10 @@ struct Backward : Block<S, T> {
     const int32_t size = round_up((now->nq + blocks - 1) / blocks, kN);
     for (int32_t h = h0; h < h1; ++h) {
       this->open(h);
-      this->pack_keys(h);
+      if (!pairs) this->pack_keys(h);
+      if constexpr (kHasPairs<S>) {
+        if (pairs) interleave_rows(here->k, now->nk, D, Dp, k);
+      }
       find_key_factors(h);
       this->look_ahead(h, h0, h1, blocks * (4 * ((now->nk + 7) / 8) + (size + 11) / 12));
       bool keys_done = false;
@@ -99,6 +107,9 @@ struct Backward : Block<S, T> {
 
   // True if the gradients of the keys are where they belong: a single block of one dtype writes them at once.
   bool block(int32_t h) {
+    if constexpr (kHasPairs<S>) {
+      if (pairs) return pair_block(*this, h);
+    }
     this->pack_queries(here->q, D, Dp, T(a.scale), this->q_scales(h), this->unit, q, q_rows, !q_in_place);
     this->scores(h, q_in_place ? T(1) : this->unit);
     this->pack_queries(here->dout, Dv, Dvp, T(1), nullptr, T(1), dout, dout_rows, !dout_in_place);

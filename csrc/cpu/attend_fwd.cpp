@@ -9,6 +9,7 @@
 // by adding 1.5 * 2^23 instead of vreduceps and vscalefps (6.1 against 3.9 cycles a vector). Not tried:
 // reading K and V in place when they need no conversion.
 #include "block.h"
+#include "pairs.h"
 #include "schedule.h"
 #include "weights.h"
 
@@ -29,6 +30,7 @@ struct Forward : Block<S, T> {
       inverse[kBlockQueries];  // per query: maximum, sum of exp, 1 / sum
 
   static constexpr bool kSame = std::is_same_v<S, T>;
+  const bool pairs = can_pair<S>(a);
 
   explicit Forward(const AttendFwd& params) : Base(params.a), p(params) {
     this->write_q = p.out;
@@ -46,7 +48,10 @@ struct Forward : Block<S, T> {
     const int32_t size = round_up((now->nq + blocks - 1) / blocks, kN);
     for (int32_t h = h0; h < h1; ++h) {
       this->open(h);
-      this->pack_keys(h);
+      if (!pairs) this->pack_keys(h);
+      if constexpr (kHasPairs<S>) {
+        if (pairs) interleave_rows(here->v, now->nk, Dv, Dvp, this->v);
+      }
       this->look_ahead(h, h0, h1, blocks * ((now->nk + 7) / 8 + (size + 11) / 12));
       for (int32_t begin = 0; begin < now->nq; begin += size) {
         this->set_block(begin, now->nq - begin < size ? now->nq - begin : size);
@@ -56,6 +61,9 @@ struct Forward : Block<S, T> {
   }
 
   void block(int32_t h) {
+    if constexpr (kHasPairs<S>) {
+      if (pairs) return block_of_pairs(h);
+    }
     this->pack_queries(here->q, D, Dp, T(a.scale), this->q_scales(h), this->unit, this->q, this->q_rows,
                        false);
     this->scores(h, T(1));
@@ -72,6 +80,37 @@ struct Forward : Block<S, T> {
     }
     gemm_columns(product, n, now->nk, Dvp / kN);
     if (!direct) write();
+  }
+
+  void block_of_pairs(int32_t h) {
+    pair_scores(*this, h);
+    for (int32_t c = 0; c < this->vectors * kN; c += kN) pair_weights(c);
+    for (int32_t u = 0; u < this->tails; ++u) {
+      const int32_t c = this->column_of_tail(u), steps = gather(c);
+      tail_softmax(c, steps);
+      pair_column(column, steps * kN);
+      for (int32_t j = 0; j < (now->nk + 1) / 2; ++j) s[int64_t(j) * kBlockQueries + c] = column[j];
+    }
+    finish_sums(h);
+    PairGemm g{nullptr, s, kBlockQueries, this->v, Dvp, 1, nullptr, 0, nullptr, 0};
+    g.c_rows = here->to_q + q0, g.c_factor = inverse, g.c_width = Dv, g.ahead = &this->ahead;
+    pair_columns(g, n, (now->nk + 1) / 2, Dvp / kN);
+  }
+  // A vector of queries: pairs of weights in place of the first half of the scores, top and sum at c.
+  [[gnu::noinline]] void pair_weights(int32_t c) {
+    const Vec<T> lowest = splat(-T(__builtin_inf()));
+    T *const begin = s + c, *const end = begin + int64_t(now->nk) * kBlockQueries;
+    Vec<T> most = lowest, total = {};
+    for (const T* x = begin; x < end; x += kBlockQueries) most = maximum(most, load(x));
+    const Vec<T> base = most == lowest ? Vec<T>{} : most;
+    T* to = begin;
+    for (const T* x = begin; x < end; x += 2 * kBlockQueries, to += kBlockQueries) {
+      const Vec<T> low = exp2(load(x) - base);
+      const Vec<T> high = x + kBlockQueries < end ? exp2(load(x + kBlockQueries) - base) : Vec<T>{};
+      total += low + high;
+      store_pairs(to, interleave(round_two(low, high)));
+    }
+    store(top + c, base), store(sum + c, total);
   }
 
   // A vector of queries: weights in place, top and sum at c.
@@ -100,10 +139,7 @@ struct Forward : Block<S, T> {
   }
   // The same for one query: its keys become the lanes.
   [[gnu::noinline]] void tail_weights(int32_t c) {
-    const int32_t nk = now->nk;
-    for (int32_t j = 0; j < nk; ++j) column[j] = s[int64_t(j) * kBlockQueries + c];
-    for (int32_t j = nk; j < round_up(nk, kN); ++j) column[j] = -T(__builtin_inf());
-    const int32_t steps = round_up(nk, kN) / kN;
+    const int32_t nk = now->nk, steps = gather(c);
     if (a.activation == kSoftmax || p.lse) {
       tail_softmax(c, steps);
     } else {
@@ -111,6 +147,13 @@ struct Forward : Block<S, T> {
         store(column + u * kN, activate<T>(a.activation, load(column + u * kN)));
     }
     for (int32_t j = 0; j < nk; ++j) s[int64_t(j) * kBlockQueries + c] = column[j];
+  }
+  // The scores of a query into `column`, which has so many vectors.
+  int32_t gather(int32_t c) {
+    const int32_t nk = now->nk, padded = round_up(nk, kN);
+    for (int32_t j = 0; j < nk; ++j) column[j] = s[int64_t(j) * kBlockQueries + c];
+    for (int32_t j = nk; j < padded; ++j) column[j] = -T(__builtin_inf());
+    return padded / kN;
   }
   void tail_softmax(int32_t c, int32_t steps) {
     const bool softmax = a.activation == kSoftmax;

@@ -213,6 +213,9 @@ inline Vec<float> load_as(const Half* p) {
 inline void store_as(float* p, Vec<float> x) { store(p, x); }
 inline void store_as(double* p, Vec<double> x) { store(p, x); }
 inline void store_as(BFloat16* p, Vec<float> x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+#else
   typedef uint32_t Wide __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t Short __attribute__((vector_size(kVectorBytes / 2)));
   typedef uint16_t Loose __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
@@ -220,6 +223,7 @@ inline void store_as(BFloat16* p, Vec<float> x) {
   const Wide rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16, quiet = bits >> 16 | 0x40u;
   const Wide chosen = x != x ? quiet : rounded;
   *reinterpret_cast<Loose*>(p) = __builtin_convertvector(chosen, Short);
+#endif
 }
 inline void store_as(Half* p, Vec<float> x) {
 #if defined(__AVX512F__)

@@ -124,7 +124,8 @@ class Resample(nn.Module):
 
 
 class DFormer(nn.Module):
-    """Segmentation of volumes; [B, channels, depth, height, width] -> [B, num_classes, depth, height, width]."""
+    """Segmentation of volumes: [B, channels, depth, height, width] -> [B, num_classes, depth, height,
+    width]."""
 
     def __init__(self, config: DFormerConfig) -> None:
         super().__init__()
