@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks windowed`, `voxel`, `linear`, `overhead` or `models`."""
+"""Command line: `python -m benchmarks windowed`, `voxel`, `linear`, `joint`, `overhead` or `models`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import linear, models, overhead, table, voxel, windowed
+from . import joint, linear, models, overhead, table, voxel, windowed
 from .results import Report, default_path, load
 
-FAMILIES = ("windowed", "voxel", "linear", "overhead", "models")
+FAMILIES = ("windowed", "voxel", "linear", "joint", "overhead", "models")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,6 +112,9 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
         return voxel.run(report, threads, seconds, tuple(args.dtype), args.quick, args.backend)
     if args.family == "linear":
         return linear.run(linear_options(args), report)
+    if args.family == "joint":
+        problems = joint.selected(args.problem, quick=args.quick, full=args.full)
+        return joint.run(problems, linear_options(args), report)
     return models.run(report, threads, args.seconds or (2.0 if args.quick else 15.0), args.quick)
 
 
