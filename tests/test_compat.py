@@ -294,7 +294,7 @@ def test_both_argument_counts(functions: Any, rank: int) -> None:
         qkrpb(q, k, None, 2)
     with pytest.raises(TypeError, match="expected 1 or 2 sizes after the tensors, got 3"):
         qkrpb(q, k, rpb, 3, 2, 1)
-    with pytest.raises(ValueError, match="weights has 2 slots" if rank == 1 else "attn has 2 weights"):
+    with pytest.raises(ValueError, match="weights has shape" if rank == 1 else "attn has 2 weights"):
         av(weights[..., :2], v, *sizes_of_both[: 3 - rank])
 
 
