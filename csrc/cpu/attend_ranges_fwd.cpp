@@ -7,8 +7,8 @@ namespace {
 template <class S, class T>
 struct Forward : Ranges<S, T> {
   using Base = Ranges<S, T>;
-  using Base::a, Base::D, Base::Dv, Base::Dp, Base::Dvp, Base::kN, Base::x, Base::softmax, Base::s, Base::stride,
-      Base::now, Base::c0, Base::members;
+  using Base::a, Base::D, Base::Dv, Base::Dp, Base::Dvp, Base::kN, Base::x, Base::softmax, Base::s,
+      Base::stride, Base::now, Base::c0, Base::members;
   const AttendFwd& p;
   T* o;            // [queries][Dvp]
   T *top, *total;  // per query: the largest score, in units of log 2, and the sum of exp
@@ -31,9 +31,10 @@ struct Forward : Ranges<S, T> {
     for (int32_t h = h0; h < h1; ++h) {
       const int32_t kv = h / this->group;
       this->look_ahead(h, h0, h1);
-      this->pack_queries(a.q, h, x.token, x.centres, D, Dp, T(a.scale) * this->unit, nullptr, this->centre);
+      this->pack_queries(a.q, h, x.token, x.centres, D, Dp, T(a.scale), nullptr, this->centre);
       this->clear(o, int64_t(x.centres) * Dvp);
-      for (int32_t c = 0; c < round_up(x.centres, kN); ++c) top[c] = softmax ? -T(__builtin_inf()) : T(0), total[c] = softmax ? T(0) : T(1);
+      for (int32_t c = 0; c < round_up(x.centres, kN); ++c)
+        top[c] = softmax ? -T(__builtin_inf()) : T(0), total[c] = softmax ? T(0) : T(1);
       if (packed != kv) this->pack_extras(kv);
       for (int32_t i = 0; i < slabs; ++i) {
         if (slabs > 1 || packed != kv) pack_slab(x.slab(i, slabs), kv);
@@ -61,8 +62,8 @@ struct Forward : Ranges<S, T> {
     this->weigh_windows(s, this->rows_v, Dvp, out);
     if (!this->extras || !this->first_slab()) return;
     for (int32_t u = 0; u < members; ++u)
-      weigh(Dvp / kN, s + u * stride + this->window_slots(now[u]), this->extra_v, this->extra_at_v, this->extras,
-            out + int64_t(u) * Dvp);
+      weigh(Dvp / kN, s + u * stride + this->window_slots(now[u]), this->extra_v, this->extra_at_v,
+            this->extras, out + int64_t(u) * Dvp);
   }
   // Scores become weights, relative to the largest score so far.
   void weights(int32_t u) {
