@@ -14,6 +14,8 @@ SOURCES = [
     "csrc/cpu/gemm.cpp",
     "csrc/cpu/attend_fwd.cpp",
     "csrc/cpu/attend_bwd.cpp",
+    "csrc/cpu/attend_ranges_fwd.cpp",
+    "csrc/cpu/attend_ranges_bwd.cpp",
     "tests/native/attend_cpu.cpp",
 ]
 FLAGS = [
