@@ -109,7 +109,8 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
         return overhead.run(report, threads, args.seconds or (1.0 if args.quick else 4.0), args.backend)
     if args.family == "linear":
         return linear.run(linear_options(args), report)
-    return models.run(report, threads, args.seconds or (2.0 if args.quick else 15.0), args.quick)
+    seconds = args.seconds or (2.0 if args.quick else 15.0)
+    return models.run(report, threads, seconds, args.quick, args.problem)
 
 
 def json_path(args: argparse.Namespace) -> Path:

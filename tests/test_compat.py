@@ -63,6 +63,20 @@ def test_dinat_of_transformers_runs_and_trains() -> None:
         assert results[kind]["last"] < 0.5 * results[kind]["first"], (kind, results[kind])
 
 
+def test_the_example_trains() -> None:
+    program = "from hidden_natten import hide_natten; hide_natten(); import runpy, sys; "
+    program += "runpy.run_path(sys.argv[1], run_name='__main__')"
+    example = TESTS.parent / "examples" / "migrate_natten.py"
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(example)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(word) for word in done.stdout.splitlines()[0].split()[1:]]
+    assert len(losses) == 10
+    assert losses[-1] < 0.7 * losses[0]
+
+
 def test_an_installed_natten_is_left_alone() -> None:
     library("natten")
     with pytest.raises(RuntimeError, match=r"natten is (installed|imported already)"):
