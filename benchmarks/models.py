@@ -47,7 +47,8 @@ def models(problem: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
     reference = PROBLEMS[problem]()
     fast = copy.deepcopy(reference)
     accelerate(fast)
-    found, missing = {OURS: fast, "reference": reference}, {}
+    found: dict[str, nn.Module] = {OURS: fast, "reference": reference}
+    missing: dict[str, str] = {}
     if problem != "swin-t":
         return found, missing
     try:
