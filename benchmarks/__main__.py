@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks windowed`, `linear`, `overhead` or `models`."""
+"""Command line: `python -m benchmarks windowed`, `voxel`, `linear`, `overhead` or `models`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import linear, models, overhead, table, windowed
+from . import linear, models, overhead, table, voxel, windowed
 from .results import Report, default_path, load
 
-FAMILIES = ("windowed", "linear", "overhead", "models")
+FAMILIES = ("windowed", "voxel", "linear", "overhead", "models")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,6 +107,9 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
     threads = tuple(args.threads)
     if args.family == "overhead":
         return overhead.run(report, threads, args.seconds or (1.0 if args.quick else 4.0), args.backend)
+    if args.family == "voxel":
+        seconds = args.seconds or (1.0 if args.quick else 4.0)
+        return voxel.run(report, threads, seconds, tuple(args.dtype), args.quick, args.backend)
     if args.family == "linear":
         return linear.run(linear_options(args), report)
     seconds = args.seconds or (2.0 if args.quick else 15.0)

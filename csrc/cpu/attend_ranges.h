@@ -294,9 +294,9 @@ struct Ranges {
       const Window& w = now[0];
       for (int32_t plane = 0; plane < w.outer; ++plane) {
         const int32_t row = x.line_row(w, plane * w.lines);
-        weigh_band(padded / kN, together,
-                   Band<T>{weights + int64_t(plane) * w.lines * w.width, stride, others + int64_t(row) * padded,
-                           padded, x.extent[2] * padded, w.lines, w.width, out, padded});
+        const Band<T> band{others + int64_t(row) * padded, padded, x.extent[2] * padded, w.lines, w.width};
+        weigh_band(padded / kN, together, band, weights + int64_t(plane) * w.lines * w.width, stride, out,
+                   padded);
       }
       return;
     }
