@@ -44,7 +44,16 @@ NEIGHBORHOOD_TILED = neighborhoods.Problem(
 )  # fmt: skip
 
 
-VOXELS = ("windows", "sets-y", "groups", "trellis-narrow", "ranges-free", "arrays", "key-fixed-groups", "rope-key")
+VOXELS = (
+    "windows",
+    "sets-y",
+    "groups",
+    "trellis-narrow",
+    "ranges-free",
+    "arrays",
+    "key-fixed-groups",
+    "rope-key",
+)
 
 
 def check_voxels(problem: voxels.Problem, dtype: torch.dtype) -> None:
