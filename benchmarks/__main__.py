@@ -121,15 +121,11 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
         return voxel.run(report, threads, seconds, tuple(args.dtype), args.quick, args.backend)
     if args.family == "linear":
         return linear.run(linear_options(args), report)
-<<<<<<< HEAD
     if args.family == "joint":
         problems = joint.selected(args.problem, quick=args.quick, full=args.full)
         return joint.run(problems, linear_options(args), report)
-    return models.run(report, threads, args.seconds or (2.0 if args.quick else 15.0), args.quick)
-=======
     seconds = args.seconds or (2.0 if args.quick else 15.0)
     return models.run(report, threads, seconds, args.quick, args.problem)
->>>>>>> nbmod
 
 
 def neighborhood_cases(args: argparse.Namespace) -> list[neighborhood.Case]:
