@@ -14,7 +14,7 @@ CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 # Test processes run side by side; one thread each. Tests of threading set their own number.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test slow-test demo bench check format build clean
+.PHONY: test slow-test demo bench gpu check format build clean
 
 test: $(BUILT)  ## all tests but the slow ones
 	$(RUN) -m pytest -n $(WORKERS) -q -m "not slow" $(TESTS)
@@ -27,6 +27,9 @@ demo: $(BUILT)  ## a model trained with and without vicinal; pictures in demo-ou
 
 bench: $(BUILT)  ## benchmarks; BENCH="--help" lists what there is to ask for
 	$(RUN) -m benchmarks $(BENCH)
+
+gpu:  ## what needs a GPU, with the Python and packages that are there; PART="build tests .." (default: all)
+	$(PYTHON) -m benchmarks.gpu $(PART)
 
 check: $(BUILT)  ## formatting, lint and types
 	$(RUN) -m ruff check .

@@ -5,6 +5,7 @@ The native code includes no torch header, so neither torch nor CUDA is a build r
 VICINAL_REQUIRE_NATIVE=1  fail where the compiler or nvcc is missing, instead of leaving that code out
 VICINAL_NATIVE=0          leave all native code out
 VICINAL_CUDA=0            leave the CUDA kernels out
+VICINAL_CPU_ISAS          e.g. "avx512": the instruction sets to compile for besides the portable one
 VICINAL_CUDA_ARCHS        e.g. "80;90a": the GPU architectures to compile for
 CXX, CXXFLAGS, MAX_JOBS   as everywhere
 """
@@ -100,7 +101,12 @@ def find_isas(cxx: list[str]) -> dict[str, list[str]]:
     isas: dict[str, list[str]] = {"portable": []}
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return isas
+    wanted = re.split(r"[;,\s]+", os.environ.get("VICINAL_CPU_ISAS") or ";".join(X86_ISAS))
+    if unknown := set(wanted) - {*X86_ISAS, "portable"}:
+        raise SystemExit(f"vicinal: VICINAL_CPU_ISAS names {sorted(unknown)}; there are {list(X86_ISAS)}")
     for isa, flags in X86_ISAS.items():
+        if isa not in wanted:
+            continue
         if runs([*cxx, *flags, "-E", "-x", "c++", "-"]):
             isas[isa] = flags
         else:

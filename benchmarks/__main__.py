@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks windowed`, `overhead` or `models`."""
+"""Command line: `python -m benchmarks windowed`, `voxel`, `linear`, `overhead` or `models`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import models, overhead, table, windowed
+from . import linear, models, overhead, table, voxel, windowed
 from .results import Report, default_path, load
 
-FAMILIES = ("windowed", "overhead", "models")
+FAMILIES = ("windowed", "voxel", "linear", "overhead", "models")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,6 +66,19 @@ def options(args: argparse.Namespace) -> windowed.Options:
     )
 
 
+def linear_options(args: argparse.Namespace) -> linear.Options:
+    return linear.Options(
+        problems=linear.selected(args.problem, quick=args.quick, full=args.full),
+        dtypes=tuple(windowed.DTYPES[name] for name in args.dtype),
+        directions=(False, True) if args.fwd == args.bwd else (args.bwd,),
+        threads=tuple(args.threads),
+        backend=args.backend,
+        quick=args.quick,
+        seconds=args.seconds or (1.0 if args.quick else 6.0),
+        rounds=(3, 10) if args.quick else (7, 40),
+    )
+
+
 def remaining(started: float, done: int, total: int) -> str:
     seconds = (time.monotonic() - started) / done * (total - done)
     return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
@@ -94,6 +107,11 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
     threads = tuple(args.threads)
     if args.family == "overhead":
         return overhead.run(report, threads, args.seconds or (1.0 if args.quick else 4.0), args.backend)
+    if args.family == "voxel":
+        seconds = args.seconds or (1.0 if args.quick else 4.0)
+        return voxel.run(report, threads, seconds, tuple(args.dtype), args.quick, args.backend)
+    if args.family == "linear":
+        return linear.run(linear_options(args), report)
     return models.run(report, threads, args.seconds or (2.0 if args.quick else 15.0), args.quick)
 
 

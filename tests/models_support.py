@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def library(name: str) -> ModuleType:
@@ -93,3 +96,16 @@ def loss_curve(
         optimiser.step()
         losses.append(value.detach())
     return torch.stack(losses)
+
+
+class CountOps(TorchDispatchMode):
+    """Count calls of vicinal's ops, by name and overload."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "vicinal":
+            self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))

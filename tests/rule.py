@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 TRAINED = ("q", "k", "v", "bias", "logit_scale", "edge_k", "edge_v", "extra_k", "extra_v", "extra_bias")
+TRAINED += ("q_table", "k_table", "v_table", "angles")
 INF = float("inf")
 
 Results = dict[str, Tensor]

@@ -11,7 +11,7 @@ import torch
 
 import vicinal
 
-LIBRARIES = ("timm", "torchvision", "transformers")
+LIBRARIES = ("natten_modules", "timm", "torchvision", "transformers")
 
 
 def modules() -> list[str]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models_support import assert_same, double, gradients, library, loss_curve, redraw, rms_ratio
+from models_support import CountOps, assert_same, double, gradients, library, loss_curve, redraw, rms_ratio
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vicinal
 from vicinal.models import (
@@ -181,30 +179,17 @@ def test_outputs_and_every_gradient_of_a_layer(name: str) -> None:
         assert_same(actual, expected, 1e-5)
 
 
-class _CountOps(TorchDispatchMode):
-    """Count calls of vicinal's ops, by name and overload."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "vicinal":
-            self.calls[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_the_fast_path_ran_once_per_layer_and_direction(name: str) -> None:
     explanation = vicinal.explain(vicinal.windowed_attention, *torch.zeros(3, 1, 8, 8, 2, 16).unbind(0), 4)
     if explanation.backend == "reference":
         pytest.skip(str(explanation))
     model, x = _make(name)
-    with _CountOps() as before:
+    with CountOps() as before:
         model(x).sum().backward()
     assert not before.calls
     vicinal.accelerate(model)
-    with _CountOps() as counter:
+    with CountOps() as counter:
         model(x).sum().backward()
     layers = MODELS[name][2]
     overload = explanation.backend
@@ -387,7 +372,8 @@ def test_the_report_names_what_is_left_alone_and_why() -> None:
 
 def test_families_are_checked_and_obeyed() -> None:
     model = _swin()
-    with pytest.raises(ValueError, match=r"families names \['windows'\], it may name \['windowed'\]"):
+    message = r"families names \['windows'\], it may name \['windowed', 'neighborhood'\]"
+    with pytest.raises(ValueError, match=message):
         vicinal.accelerate(model, families=["windows"])
     report = vicinal.accelerate(model, families=[])
     assert not report.replaced

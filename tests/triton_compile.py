@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from vicinal._attend import AttendCall, AttendGrads
-from vicinal.kernels import attend, launch, tiles
 from vicinal._neighborhood_plan import AxisNeighborhood, neighborhood_plan
+from vicinal.kernels import attend, launch, tiles
 from vicinal.plan import AxisWindows, Plan, bias_size, window_plan
 
 BUDGETS = Path(__file__).with_name("triton_budgets.json")

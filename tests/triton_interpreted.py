@@ -12,7 +12,6 @@ import neighborhood_solutions as solutions
 import pytest
 import torch
 from problems import BY_NAME, PROBLEMS, Problem, violations
-
 from rule import compare
 
 from vicinal import Neighborhood, Windows

@@ -29,7 +29,11 @@ struct Ranges {
   const int64_t slab_rows, capacity;  // others per slab: aimed at, and the most that there are
   const int64_t stride;  // of a line of slots: window, extras, each rounded up to whole vectors, and slack
   int64_t b = 0;         // of the row at work
-  Windows x;
+  Windows x, coming;     // the row at work and the one after it, whose tokens are prefetched
+  int64_t coming_b = -1, coming_row = -1;
+  Rows other_rows[2]{}, centre_rows[2]{}, results[2]{};  // what is read of others and centres, and written
+  int32_t ahead_h, ahead_at, ahead_step;
+  const Windows* ahead;  // null: nothing is to be prefetched
   Slab slab{};
   Places at, at_v;
   T *rows, *rows_v;        // others [capacity][Dp], [capacity][Dvp]
@@ -68,7 +72,7 @@ struct Ranges {
   void carve(cpu::Arena& arena) {
     const int64_t centres = centres_are_keys ? plan.k_slots : plan.q_slots,
                   others = centres_are_keys ? plan.q_slots : plan.k_slots;
-    x.carve(arena, centres, others);
+    x.carve(arena, centres, others), coming.carve(arena, centres, others);
     at.at = arena.take<int32_t>(stride), at_v.at = arena.take<int32_t>(stride);
     rows = arena.take<T>(capacity * Dp), rows_v = arena.take<T>(capacity * Dvp);
     centre = arena.take<T>(centres * Dp), centre_v = arena.take<T>(centres * Dvp);
@@ -91,9 +95,21 @@ struct Ranges {
     }
   }
 
-  void set_row(int64_t batch, int64_t row) {
-    b = batch;
-    x.set(plan, row, centres_are_keys);
+  // Makes `item` the row at work and the one after it, if it is before `end`, the coming one.
+  void set_row(int64_t item, int64_t end) {
+    const Windows last = x;
+    x = coming, coming = last;
+    if (coming_b != item / plan.n_rows || coming_row != item % plan.n_rows)
+      x.set(plan, item % plan.n_rows, centres_are_keys);
+    b = item / plan.n_rows;
+    coming_b = -1;
+    if (item + 1 < end) {
+      coming_b = (item + 1) / plan.n_rows, coming_row = (item + 1) % plan.n_rows;
+      coming.set(plan, coming_row, centres_are_keys);
+    }
+    set_terms();
+  }
+  void set_terms() {
     if (!a.key_bias || centres_are_keys) return;
     const T* bias = static_cast<const T*>(a.key_bias) + b * a.n_k;
     for (int32_t j = 0; j < x.others; ++j) key_term[j] = bias[x.other_token[j]] * unit;
@@ -137,6 +153,49 @@ struct Ranges {
     for (int32_t e = 0; e < extras; ++e) {
       pack_row(row_of<S>(a.extra_k, b, a.edge_row + e, kv_head), D, Dp, T(1), extra_k + int64_t(e) * Dp);
       pack_row(row_of<S>(a.extra_v, b, a.edge_row + e, kv_head), Dv, Dvp, T(1), extra_v + int64_t(e) * Dvp);
+    }
+  }
+
+  template <int kWrite>
+  static void prefetch(const Rows& t, int64_t batch, int64_t token, int32_t h, int32_t d) {
+    if (!t.data) return;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(row_of<S>(t, batch, token, h)),
+                    end = begin + sizeof(S) * static_cast<uint32_t>(d);
+    for (uintptr_t at = begin & ~uintptr_t(63); at < end; at += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(at), kWrite, 2);
+  }
+  // While head h is at work, what head h + 1 or the coming row from head h0 on reads is prefetched, and what
+  // head h writes: a little per band, since a burst stalls like the loads.
+  void look_ahead(int32_t h, int32_t h0, int32_t h1) {
+    const bool same = h + 1 < h1;
+    ahead = same || coming_b >= 0 ? (same ? &x : &coming) : nullptr;
+    ahead_h = same ? h + 1 : h0, ahead_at = 0;
+    const int32_t bands = x.centre_extent[0] * x.centre_extent[1] * ((x.centre_extent[2] + kBand - 1) / kBand);
+    int32_t rows = x.centres;
+    if (ahead && ahead->others > rows) rows = ahead->others;
+    if (ahead && ahead->centres > rows) rows = ahead->centres;
+    if (ahead && ahead->others > capacity) ahead = nullptr;  // several slabs
+    ahead_step = bands ? (rows + bands - 1) / bands : 0;
+  }
+  [[gnu::noinline]] void step_ahead(int32_t h) {
+    const int32_t begin = ahead_at, end = begin + ahead_step;
+    ahead_at = end;
+    const auto place = [&](bool keys, int32_t head) { return keys ? head / group : head; };
+    const int32_t own = place(centres_are_keys, h);
+    for (int32_t i = begin; i < end && i < x.centres; ++i) {
+      prefetch<1>(results[0], b, x.token[i], own, D), prefetch<1>(results[1], b, x.token[i], own, Dv);
+    }
+    if (!ahead) return;
+    const int64_t batch = ahead == &x ? b : coming_b;
+    const int32_t of_others = place(!centres_are_keys, ahead_h), of_centres = place(centres_are_keys, ahead_h);
+    const bool there = ahead == &x && of_others == place(!centres_are_keys, h);
+    for (int32_t i = begin; !there && i < end && i < ahead->others; ++i) {
+      prefetch<0>(other_rows[0], batch, ahead->other_token[i], of_others, D);
+      prefetch<0>(other_rows[1], batch, ahead->other_token[i], of_others, Dv);
+    }
+    for (int32_t i = begin; i < end && i < ahead->centres; ++i) {
+      prefetch<0>(centre_rows[0], batch, ahead->token[i], of_centres, D);
+      prefetch<0>(centre_rows[1], batch, ahead->token[i], of_centres, Dv);
     }
   }
 
@@ -235,9 +294,9 @@ struct Ranges {
       const Window& w = now[0];
       for (int32_t plane = 0; plane < w.outer; ++plane) {
         const int32_t row = x.line_row(w, plane * w.lines);
-        weigh_band(padded / kN, together,
-                   Band<T>{weights + int64_t(plane) * w.lines * w.width, stride, others + int64_t(row) * padded,
-                           padded, x.extent[2] * padded, w.lines, w.width, out, padded});
+        const Band<T> band{others + int64_t(row) * padded, padded, x.extent[2] * padded, w.lines, w.width};
+        weigh_band(padded / kN, together, band, weights + int64_t(plane) * w.lines * w.width, stride, out,
+                   padded);
       }
       return;
     }

@@ -49,7 +49,10 @@ struct QueryPass : Ranges<S, T> {
   T *bias_sum = nullptr, *extra_sum = nullptr;  // of this chunk and segment
   enum Sweep { kSums = 1, kGradients = 2 };
 
-  explicit QueryPass(const AttendBwd& params) : Base(params.a, params.a.plan, false), p(params) {}
+  explicit QueryPass(const AttendBwd& params) : Base(params.a, params.a.plan, false), p(params) {
+    this->other_rows[0] = a.k, this->other_rows[1] = a.v;
+    this->centre_rows[0] = a.q, this->centre_rows[1] = p.dout, this->results[0] = p.dq;
+  }
 
   void carve(cpu::Arena& arena) {
     Base::carve(arena);
@@ -59,12 +62,13 @@ struct QueryPass : Ranges<S, T> {
     total = arena.take<T>(queries), delta = arena.take<T>(queries);
   }
 
-  void row(int64_t item, int32_t h0, int32_t h1, const Left<T>& left) {
-    this->set_row(item / a.plan.n_rows, item % a.plan.n_rows);
+  void row(int64_t item, int64_t end, int32_t h0, int32_t h1, const Left<T>& left) {
+    this->set_row(item, end);
     const int32_t slabs = x.slabs(this->slab_rows);
     int32_t packed = -1;  // head of k and v
     for (int32_t h = h0; h < h1; ++h) {
       const int32_t kv = h / this->group;
+      this->look_ahead(h, h0, h1);
       this->pack_queries(a.q, h, x.token, x.centres, D, Dp, T(a.scale) * this->unit, nullptr, this->centre);
       this->pack_queries(p.dout, h, x.token, x.centres, Dv, Dvp, T(1), nullptr, this->centre_v);
       this->clear(dq, int64_t(x.centres) * Dp);
@@ -109,6 +113,7 @@ struct QueryPass : Ranges<S, T> {
   }
 
   void band(int32_t h, int sweep) {
+    this->step_ahead(h);
     for (int32_t u = 0; u < members; ++u) {
       T *line = s + u * stride, *grad = ds + u * stride;
       const int32_t c = c0 + u;
@@ -116,7 +121,7 @@ struct QueryPass : Ranges<S, T> {
       this->products(this->centre_v + int64_t(c) * Dvp, this->rows_v, this->extra_v, this->places_v(),
                      this->extra_at_v, Dvp, now[u], T(0), grad);
       if (a.dropout_p > 0) this->keep(u, h), this->drop(u, grad);
-      weights(u);
+      weights(u, sweep);
       if (sweep == (kSums | kGradients)) finish_sums(c);
       if (!(sweep & kGradients)) continue;
       if (softmax) {
@@ -134,7 +139,7 @@ struct QueryPass : Ranges<S, T> {
             out + int64_t(u) * Dp);
   }
   // Scores become weights (before the division by their sum), the gradient of other activations is done.
-  void weights(int32_t u) {
+  void weights(int32_t u, int sweep) {
     T *line = s + u * stride, *grad = ds + u * stride;
     const int32_t n = this->slots(now[u]), c = c0 + u;
     if (!softmax) {
@@ -151,7 +156,7 @@ struct QueryPass : Ranges<S, T> {
       sum += w, product += w * load(grad + i);
       store(line + i, w);
     }
-    total[c] += sum_across<T>(sum)[0], delta[c] += sum_across<T>(product)[0];
+    if (sweep & kSums) total[c] += sum_across<T>(sum)[0], delta[c] += sum_across<T>(product)[0];
   }
   [[gnu::noinline]] void add_bias(int32_t u, int32_t h) {
     const Window& w = now[u];
@@ -202,7 +207,7 @@ struct QueryPass : Ranges<S, T> {
           for (int64_t i = r.h0 * (D + Dv); i < r.h1 * (D + Dv); ++i) head[i] = 0;
         }
       }
-      row(item, r.h0, r.h1, left);
+      row(item, r.end, r.h0, r.h1, left);
     }
   }
 };
@@ -217,7 +222,11 @@ struct KeyPass : Ranges<S, T> {
   T *minus_lse, *minus_delta, *inverse;  // per query of the slab; delta times inverse
   T* line_terms;                     // a line of slots
 
-  KeyPass(const AttendBwd& params, const Plan& plan) : Base(params.a, plan, true), p(params) {}
+  KeyPass(const AttendBwd& params, const Plan& plan) : Base(params.a, plan, true), p(params) {
+    this->other_rows[0] = a.q, this->other_rows[1] = p.dout;
+    this->centre_rows[0] = a.k, this->centre_rows[1] = a.v;
+    this->results[0] = p.dk, this->results[1] = p.dv;
+  }
 
   void carve(cpu::Arena& arena) {
     Base::carve(arena);
@@ -227,14 +236,15 @@ struct KeyPass : Ranges<S, T> {
     inverse = arena.take<T>(queries), line_terms = arena.take<T>(stride);
   }
 
-  void row(int64_t item, int32_t kv0, int32_t kv1, const Left<T>& left) {
-    this->set_row(item / this->plan.n_rows, item % this->plan.n_rows);
+  void row(int64_t item, int64_t end, int32_t kv0, int32_t kv1, const Left<T>& left) {
+    this->set_row(item, end);
     const int32_t slabs = x.slabs(this->slab_rows);
     for (int32_t kv = kv0; kv < kv1; ++kv) {
       this->pack_keys(a.k, kv, x.token, x.centres, D, Dp, this->centre);
       this->pack_keys(a.v, kv, x.token, x.centres, Dv, Dvp, this->centre_v);
       this->clear(dk, int64_t(x.centres) * Dp), this->clear(dv, int64_t(x.centres) * Dvp);
       for (int32_t h = kv * this->group; h < (kv + 1) * this->group; ++h) {
+        this->look_ahead(h, kv0 * this->group, kv1 * this->group);
         for (int32_t i = 0; i < slabs; ++i) {
           pack_slab(x.slab(i, slabs), h, left);
           this->bands([&] { band(h); });
@@ -262,6 +272,7 @@ struct KeyPass : Ranges<S, T> {
   }
 
   void band(int32_t h) {
+    this->step_ahead(h);
     for (int32_t u = 0; u < members; ++u) {
       T *line = s + u * stride, *grad = ds + u * stride;
       const int32_t c = c0 + u;
@@ -372,7 +383,7 @@ void run(const AttendBwd& p, int threads) {
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < key_chunks; ++chunk) {
       const Range r = key_schedule.range(keys, chunk);
-      for (int64_t item = r.begin; item < r.end; ++item) w.row(item, r.h0, r.h1, left);
+      for (int64_t item = r.begin; item < r.end; ++item) w.row(item, r.end, r.h0, r.h1, left);
     }
   }
 }

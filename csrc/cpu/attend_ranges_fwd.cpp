@@ -13,7 +13,10 @@ struct Forward : Ranges<S, T> {
   T* o;            // [queries][Dvp]
   T *top, *total;  // per query: the largest score, in units of log 2, and the sum of exp
 
-  explicit Forward(const AttendFwd& params) : Base(params.a, params.a.plan, false), p(params) {}
+  explicit Forward(const AttendFwd& params) : Base(params.a, params.a.plan, false), p(params) {
+    this->other_rows[0] = a.k, this->other_rows[1] = a.v, this->centre_rows[0] = a.q;
+    this->results[1] = p.out;
+  }
 
   void carve(cpu::Arena& arena) {
     Base::carve(arena);
@@ -21,12 +24,13 @@ struct Forward : Ranges<S, T> {
     o = arena.take<T>(queries * Dvp), top = arena.take<T>(queries), total = arena.take<T>(queries);
   }
 
-  void row(int64_t item, int32_t h0, int32_t h1) {
-    this->set_row(item / a.plan.n_rows, item % a.plan.n_rows);
+  void row(int64_t item, int64_t end, int32_t h0, int32_t h1) {
+    this->set_row(item, end);
     const int32_t slabs = x.slabs(this->slab_rows);
     int32_t packed = -1;  // head of k and v
     for (int32_t h = h0; h < h1; ++h) {
       const int32_t kv = h / this->group;
+      this->look_ahead(h, h0, h1);
       this->pack_queries(a.q, h, x.token, x.centres, D, Dp, T(a.scale) * this->unit, nullptr, this->centre);
       this->clear(o, int64_t(x.centres) * Dvp);
       for (int32_t c = 0; c < round_up(x.centres, kN); ++c) top[c] = softmax ? -T(__builtin_inf()) : T(0), total[c] = softmax ? T(0) : T(1);
@@ -47,6 +51,7 @@ struct Forward : Ranges<S, T> {
   }
 
   void band(int32_t h) {
+    this->step_ahead(h);
     for (int32_t u = 0; u < members; ++u) {
       this->scores(u, h);
       weights(u);
@@ -120,7 +125,7 @@ void run(const AttendFwd& p, int threads) {
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const Range r = plan.range(p.a, chunk);
-      for (int64_t item = r.begin; item < r.end; ++item) w.row(item, r.h0, r.h1);
+      for (int64_t item = r.begin; item < r.end; ++item) w.row(item, r.end, r.h0, r.h1);
     }
   }
 }

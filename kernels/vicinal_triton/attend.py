@@ -120,14 +120,16 @@ class Run:
         """The arguments that every pass over scores takes."""
         call = self.call
         return {
-            "plan": Plan(call.plan.axes, call.plan.rows, call.plan.guard), "terms": terms(call), "dropout": dropout(call),
-            "scale": float(call.scale), "mask_value": float(call.mask_value),
+            "plan": Plan(call.plan.axes, call.plan.rows, call.plan.guard), "terms": terms(call),
+            "dropout": dropout(call), "scale": float(call.scale), "mask_value": float(call.mask_value),
             "keep_scale": 1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0,
-            "n_rows": call.plan.n_rows, "heads": self.heads, "group": self.group, "n_extra": self.edge + self.appended,
+            "n_rows": call.plan.n_rows, "heads": self.heads, "group": self.group,
+            "n_extra": self.edge + self.appended,
             "ACC": tl.float64 if self.acc == torch.float64 else tl.float32,
             "PRECISION": "tf32" if self.dtype_class == "tf32" else "ieee",
             "EDGE": self.edge, "APPENDED": self.appended > 0, "REGIONS": bool(call.plan.flags & 1),
-            "RANGES": bool(call.plan.flags & 8), "D": call.q.shape[3], "DV": call.v.shape[3], "BLOCK_D": self.block_d, "BLOCK_DV": self.block_dv,
+            "RANGES": bool(call.plan.flags & 8), "D": call.q.shape[3], "DV": call.v.shape[3],
+            "BLOCK_D": self.block_d, "BLOCK_DV": self.block_dv,
         }  # fmt: skip
 
     def inputs(self, grads: AttendGrads, delta: Tensor | None) -> bwd.Inputs:
@@ -237,7 +239,9 @@ def _bwd_passes(run: Run, grads: AttendGrads) -> None:
         no_mask = {"plan": call.plan.key_plan, "mask": None}
         of_keys = Run.of(replace(call, extra_k=None, extra_v=None, edge_row=0, **no_mask))
         no_extra = x._replace(extra_k=None, extra_v=None)
-        _key_pass(of_keys, common | of_keys.args() | {"x": no_extra}, replace(grads, dextra_k=None, dextra_v=None))
+        _key_pass(
+            of_keys, common | of_keys.args() | {"x": no_extra}, replace(grads, dextra_k=None, dextra_v=None)
+        )
         _extra_pass(run, common, grads)
 
     if grads.dbias is not None:
@@ -271,7 +275,13 @@ def _extra_pass(run: Run, common: dict[str, Any], grads: AttendGrads) -> None:
     shares = Shares.of(run, grads, samples * chunks)
     if run.appended:
         key_grads = bwd.KeyGrads(None, None, rows(shares.k), rows(shares.v))
-        args = common | {"grads": key_grads, "k_tiles": k_tiles, "heads": heads, "chunks": chunks, "chunk": chunk}
+        args = common | {
+            "grads": key_grads,
+            "k_tiles": k_tiles,
+            "heads": heads,
+            "chunks": chunks,
+            "chunk": chunk,
+        }
         run_tile(bwd_keys.attend_bwd_extra_kernel, samples * chunks * k_tiles * heads, args, tile)
     shares.sum_into(grads)
 

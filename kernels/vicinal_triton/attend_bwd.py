@@ -132,12 +132,12 @@ def attend_bwd_tile_kernel(
     x, DQ, grads, dbias, plan, terms, dropout,
     scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, group, n_extra,
     WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, SOFTMAX: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr, RANGES:
-    tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
+    RANGES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of windows of one tile each. `x.delta` holds dlse or None; dbias None: a program takes one
-    window."""
+    """All gradients of windows of one tile each. `x.delta` holds dlse or None; dbias None: a program takes
+    one window."""
     at = tl.program_id(0).to(tl.int64)
     h = at % heads
     kv = h // group
@@ -161,7 +161,7 @@ def attend_bwd_tile_kernel(
         keys = key_slots(plan, box, slot, b, h, terms, n_extra, EDGE, APPENDED, ACC)
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)  # [BLOCK_Q, BLOCK_D]
         k = load_key_rows(x.k, x.extra_k, b, kv, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
-        seen = pairs_seen(across(queries), down(keys), flags, plan.guard, RANGES)
+        seen = pairs_seen(across(queries), down(keys), flags, plan.guard, APPENDED, RANGES)
         added = load_added(across(queries), down(keys), seen, terms, window, h, APPENDED, RANGES)
         kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
         s = finish_scores(kq, added, seen, across(queries), down(keys), flags, scale, mask_value, REGIONS,
@@ -235,7 +235,7 @@ def attend_bwd_q_kernel(
         keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         k = load_key_rows(x.k, x.extra_k, b, kv, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
         v = load_key_rows(x.v, x.extra_v, b, kv, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
-        seen = pairs_seen(down(queries), across(keys), flags, plan.guard, RANGES)
+        seen = pairs_seen(down(queries), across(keys), flags, plan.guard, APPENDED, RANGES)
         added = load_added(down(queries), across(keys), seen, terms, window, h, APPENDED, RANGES)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
         s = finish_scores(qk, added, seen, down(queries), across(keys), flags, scale, mask_value, REGIONS,
@@ -255,9 +255,9 @@ def attend_bwd_bias_kernel(
     x, dbias, plan, terms, dropout,
     scale: tl.float64, mask_value: tl.float64, keep_scale: tl.float64, n_rows, heads, group, n_extra,
     q_tiles, k_tiles, WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr, RANGES:
-    tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, EDGE: tl.constexpr, APPENDED: tl.constexpr, REGIONS: tl.constexpr,
+    RANGES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sum of one tile of ds over a chunk of the (sample, listed row) pairs, in their order."""
     at = tl.program_id(0).to(tl.int64)
@@ -278,10 +278,12 @@ def attend_bwd_bias_kernel(
         window = b * n_rows + row
         queries = query_slots(plan, load_box(plan, row, 0), q_slot, b, h, terms.q_scale, ACC)
         box = load_box(plan, row, 1)
-        keys = key_slots(plan, box, k_first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
+        keys = key_slots(
+            plan, box, k_first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC
+        )
         q = load_rows(x.q, b, h, queries.token, queries.ok, D, BLOCK_D)
         k = load_key_rows(x.k, x.extra_k, b, kv, keys, D, BLOCK_D)
-        seen = pairs_seen(down(queries), across(keys), flags, plan.guard, RANGES)
+        seen = pairs_seen(down(queries), across(keys), flags, plan.guard, APPENDED, RANGES)
         added = load_added(down(queries), across(keys), seen, terms, window, h, APPENDED, RANGES)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
         s = finish_scores(qk, added, seen, down(queries), across(keys), flags, scale, mask_value, REGIONS,

@@ -1,5 +1,5 @@
-"""Attention of each plan row, backward, the passes that own keys: dk and dv of key tiles, and the gradients of
-extra rows where keys have a plan of their own.
+"""Attention of each plan row, backward, the passes that own keys: dk and dv of key tiles, and the gradients
+of extra rows where keys have a plan of their own.
 
 Both sum over the query heads that share a key head, so that every gradient has one owner.
 """
@@ -8,8 +8,18 @@ import triton
 import triton.language as tl
 
 from .attend_bwd import load_delta, store_key_rows
-from .rows import across, down, key_slots, load_box, load_flags, load_key_rows, load_rows, load_scalars
-from .rows import query_slots, store_rows
+from .rows import (
+    across,
+    down,
+    key_slots,
+    load_box,
+    load_flags,
+    load_key_rows,
+    load_rows,
+    load_scalars,
+    query_slots,
+    store_rows,
+)
 from .scores import dropout_keep, finish_scores, load_added, pairs_seen
 
 
@@ -27,7 +37,7 @@ def key_gradients(
     dout = load_rows(x.dout, b, h, queries.token, queries.ok, DV, BLOCK_DV)  # [BLOCK_Q, BLOCK_DV]
     lse = load_scalars(x.lse, b, h, queries.token, queries.ok, float("inf"))[None, :]
     delta = load_delta(x.delta, b, h, queries)[None, :]
-    seen = pairs_seen(across(queries), down(keys), flags, plan.guard, RANGES)
+    seen = pairs_seen(across(queries), down(keys), flags, plan.guard, APPENDED, RANGES)
     added = load_added(across(queries), down(keys), seen, terms, window, h, APPENDED, RANGES)
     kq = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_K, BLOCK_Q]
     s = finish_scores(kq, added, seen, across(queries), down(keys), flags, scale, mask_value, REGIONS,
@@ -74,7 +84,7 @@ def attend_bwd_kv_kernel(
 
     dk = tl.zeros((BLOCK_K, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_K, BLOCK_DV), ACC)
-    for member in range(0, group):
+    for member in range(group):
         h = kv * group + member
         for first_q in range(0, box.slots, BLOCK_Q):
             dk, dv = key_gradients(
@@ -119,7 +129,7 @@ def attend_bwd_extra_kernel(
         row = b * 0 + at_row  # in 64 bits
         box = load_box(plan, row, 0)
         flags = load_flags(plan, row)
-        for member in range(0, group):
+        for member in range(group):
             h = kv * group + member
             for first_q in range(0, box.slots, BLOCK_Q):
                 dk, dv = key_gradients(

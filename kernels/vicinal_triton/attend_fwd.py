@@ -55,7 +55,7 @@ def attend_fwd_kernel(
         keys = key_slots(plan, box, first + tl.arange(0, BLOCK_K), b, h, terms, n_extra, EDGE, APPENDED, ACC)
         k = load_key_rows(K, ExtraK, b, kv, keys, D, BLOCK_D)  # [BLOCK_K, BLOCK_D]
         v = load_key_rows(V, ExtraV, b, kv, keys, DV, BLOCK_DV)  # [BLOCK_K, BLOCK_DV]
-        seen = pairs_seen(down(queries), across(keys), flags, plan.guard, RANGES)
+        seen = pairs_seen(down(queries), across(keys), flags, plan.guard, APPENDED, RANGES)
         added = load_added(down(queries), across(keys), seen, terms, window, h, APPENDED, RANGES)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_Q, BLOCK_K]
         s = finish_scores(qk, added, seen, down(queries), across(keys), flags, scale, mask_value, REGIONS,

@@ -26,8 +26,8 @@ MOST_SUMS = 2**26  # elements of the sums of the classes of one launch
 @dataclass(frozen=True)
 class Classes:
     """Some classes of a plan. `rows` int32: their plan rows, class by class, `counts` of each; `pairs` int32
-    [P]: (class * q side + q slot) * k side + key slot, by table entry; `first` int32 [T + 1]: where an entry's
-    pairs begin; `most`: most pairs of an entry."""
+    [P]: (class * q side + q slot) * k side + key slot, by table entry; `first` int32 [T + 1]: where an
+    entry's pairs begin; `most`: most pairs of an entry."""
 
     rows: Tensor
     counts: list[int]
@@ -104,9 +104,7 @@ def _row_names(codes: Tensor, rows: Tensor) -> Tensor:
     return torch.stack(names, 1)
 
 
-def _pairs(
-    codes: Tensor, row: Tensor, appended: int, table: int, k_side: int
-) -> tuple[Tensor, Tensor]:
+def _pairs(codes: Tensor, row: Tensor, appended: int, table: int, k_side: int) -> tuple[Tensor, Tensor]:
     """q slot * k_side + key slot of the pairs of a row that have a table entry, and the entry."""
     q_code, k_code = (_slot_codes(codes, row[side : side + 6].tolist()) for side in (0, 6))
     index = q_code[:, None] + k_code[None, :]
@@ -122,9 +120,7 @@ def _slot_codes(codes: Tensor, box: list[int]) -> Tensor:
     return (c0[:, None, None] + c1[:, None] + c2).flatten()
 
 
-def _chunks(
-    counts: list[int], samples: int, wanted: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _chunks(counts: list[int], samples: int, wanted: int, device: torch.device) -> tuple[Tensor, Tensor]:
     size = -(-samples * sum(counts) // max(1, wanted))
     chunks, begins, first = [], [0], 0
     for listed in counts:

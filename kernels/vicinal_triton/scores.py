@@ -42,8 +42,8 @@ class Terms(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """seed: pointer to one int64; threshold: bits of the uint32 below which a word drops its pair; n_k: tokens
-    of k where the words are those of key tokens, None where they are those of key slots."""
+    """seed: pointer to one int64; threshold: bits of the uint32 below which a word drops its pair; n_k:
+    tokens of k where the words are those of key tokens, None where they are those of key slots."""
 
     seed: Any
     threshold: Any
@@ -53,14 +53,17 @@ class Dropout(NamedTuple):
 
 
 @triton.jit
-def pairs_seen(queries, keys, flags, guard, RANGES: tl.constexpr):
+def pairs_seen(queries, keys, flags, guard, APPENDED: tl.constexpr, RANGES: tl.constexpr):
     """bool: the pairs that are not excluded by the ranges of their row (`visible` of pattern.py); `queries`,
-    `keys` expanded against each other."""
+    `keys` expanded against each other. Slots outside the box are like its last one, whose bias index is valid
+    for the queries that see it."""
     seen = tl.full((1, 1), 1, tl.int1)
     if RANGES:
         last, coord = queries.coord | guard, keys.coord
         inside = ((coord | guard) - queries.region) & (last - coord) & guard
-        seen = (inside == guard) | ((flags & 8) == 0) | ~keys.boxed
+        seen = (inside == guard) | ((flags & 8) == 0)
+        if APPENDED:
+            seen = seen | ((keys.extra >= 0) & ~keys.boxed)
     return seen
 
 
@@ -108,8 +111,8 @@ def finish_scores(
 
 @triton.jit
 def dropout_keep(dropout, b, h, query_token, keys, first_slot, BLOCK_K: tl.constexpr):
-    """bool [Q, BLOCK_K]: the pairs that are kept, as in csrc/philox.h. Four neighbouring slots share a counter:
-    first_slot is a multiple of 4; key tokens have no order, so each pair computes its own."""
+    """bool [Q, BLOCK_K]: the pairs that are kept, as in csrc/philox.h. Four neighbouring slots share a
+    counter, and first_slot is a multiple of 4; key tokens have no order: each pair computes its own."""
     if dropout.n_k is not None:
         keep = _keep_tokens(dropout, b, h, query_token, keys)
     else:

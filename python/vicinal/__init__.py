@@ -1,6 +1,6 @@
 """Custom attention kernels for local, sparse and linear attention in PyTorch."""
 
-from vicinal import nn
+from vicinal import nn, segments
 from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
 from vicinal.drop_in import accelerate, restore
@@ -17,14 +17,25 @@ from vicinal.linear import (
     retnet_decay,
 )
 from vicinal.neighborhood import Neighborhood, neighborhood_attention, neighborhood_attention_qkvpacked
+from vicinal.neighborhood_decode import RingKVCache, sliding_window_decode
+from vicinal.neighborhood_slots import neighborhood_aggregate, neighborhood_scores
+from vicinal.segments import SegmentGroups, Segments
+from vicinal.voxel import ContextTable, KeyBias, RelTable, Rope3D, voxel_attention
 from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
 
 __all__ = [
+    "ContextTable",
     "Explanation",
     "FeatureMap",
+    "KeyBias",
     "LinearState",
     "Neighborhood",
+    "RelTable",
     "RelativeBias",
+    "RingKVCache",
+    "Rope3D",
+    "SegmentGroups",
+    "Segments",
     "Windows",
     "__version__",
     "accelerate",
@@ -36,11 +47,16 @@ __all__ = [
     "lightning_decay",
     "linear_attention",
     "linear_attention_step",
+    "neighborhood_aggregate",
     "neighborhood_attention",
     "neighborhood_attention_qkvpacked",
+    "neighborhood_scores",
     "nn",
     "restore",
     "retnet_decay",
+    "segments",
+    "sliding_window_decode",
+    "voxel_attention",
     "windowed_attention",
     "windowed_attention_qkvpacked",
 ]

@@ -134,7 +134,7 @@ def _choice(problem: Problem, interpret: str | None) -> tuple[str, tuple[tuple[s
 
 def _log_fallback(problem: Problem, backend: str, refused: list[tuple[str, tuple[str, ...]]]) -> None:
     """Once per problem: the reference runs although a faster backend serves this device."""
-    if backend != "reference":
+    if backend != "reference" or not refused:
         return
     lines = "; ".join(f"{name}: {', '.join(why)}" for name, why in refused)
     _log.warning("%s runs on the reference backend (%s)", problem.family, lines)

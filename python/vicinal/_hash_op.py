@@ -111,11 +111,41 @@ def _backward(launch: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
     return hash_bwd
 
 
+def _triton_forward(*args: Any) -> None:
+    from vicinal.kernels.hash import forward
+
+    forward(*args)
+
+
+def _triton_backward(*args: Any) -> None:
+    from vicinal.kernels.hash import backward
+
+    backward(*args)
+
+
+def _no_cuda(device: str) -> str:
+    return "hash attention has no CUDA C++ kernels yet"
+
+
+MISSING = frozenset({"long codes"})
+_backends.register(Row("cpu", "hash", ("cpu",), FLOATS, _backends.have_cpu, missing=MISSING))
 _backends.register(
-    Row("cpu", "hash", ("cpu",), FLOATS, _backends.have_cpu, missing=frozenset({"long codes"}))
+    Row(
+        "triton",
+        "hash",
+        ("cuda", "cpu"),
+        FLOATS,
+        _backends.have_triton,
+        max_head_dim=256,
+        min_arch=80,
+        missing=MISSING,
+        wrong=frozenset({("cpu", torch.bfloat16)}),  # Triton's interpreter
+    )
 )
+_backends.register(Row("cuda", "hash", ("cuda",), FLOATS, _no_cuda))
 _backends.register(Row("reference", "hash", ("any",), FLOATS, _backends.have_reference))
 define(HASH, "cpu", _forward(_cpu_forward), _backward(_cpu_backward))
+define(HASH, "triton", _forward(_triton_forward), _backward(_triton_backward))
 
 
 def _finish(grads: list[Tensor | None], tensors: tuple[Any, ...], packed: bool) -> list[Tensor | None]:

@@ -168,9 +168,40 @@ def _backward(launch: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
     return joint_bwd
 
 
+def _triton_forward(tensors: Sequence[Any], o: Options, outputs: Sequence[Tensor]) -> None:
+    from vicinal.kernels.joint import forward
+
+    forward(tensors, o, outputs)
+
+
+def _triton_backward(*args: Any) -> None:
+    from vicinal.kernels.joint import backward
+
+    backward(*args)
+
+
+def _no_cuda(device: str) -> str:
+    return "joint attention has no CUDA C++ kernels yet"
+
+
+WRONG_IN_INTERPRETER = frozenset({("cpu", torch.bfloat16)})
 _backends.register(Row("cpu", "joint", ("cpu",), FLOATS, _backends.have_cpu))
+_backends.register(
+    Row(
+        "triton",
+        "joint",
+        ("cuda", "cpu"),
+        FLOATS,
+        _backends.have_triton,
+        min_arch=80,
+        missing=frozenset({"dropout", "keys above 256"}),
+        wrong=WRONG_IN_INTERPRETER,
+    )
+)
+_backends.register(Row("cuda", "joint", ("cuda",), FLOATS, _no_cuda))
 _backends.register(Row("reference", "joint", ("any",), FLOATS, _backends.have_reference))
 define(JOINT, "cpu", _forward(_cpu_forward), _backward(_cpu_backward))
+define(JOINT, "triton", _forward(_triton_forward), _backward(_triton_backward))
 
 
 def _finish(grads: list[Tensor | None], tensors: tuple[Any, ...], packed: bool) -> list[Tensor | None]:

@@ -11,15 +11,12 @@ from torch import Tensor
 
 from . import _linear_check as check
 from . import reference_linear
-from ._attend_run import ProblemKey, choose
-from ._attend_run import problem_key as shared_key
+from ._choice import Key, choose
+from ._choice import problem_key as shared_key
 from ._linear_maps import ELEMENTWISE, FeatureMap
 from ._linear_op import linear_op
 
 CHANNEL_DECAY = "decay per channel"
-
-# device, dtype, head_dim, head_dim_v, features, arch: constants to torch.compile, which makes no Problem
-ProblemKey = tuple[str, torch.dtype, int, int, tuple[str, ...], int | None]
 
 
 class LinearState(NamedTuple):
@@ -119,10 +116,10 @@ def prepare(q: Any, k: Any, v: Any, *, feature_map: Any, initial_state: Any, **o
     return call
 
 
-def problem_key(call: Call) -> ProblemKey:
+def problem_key(call: Call) -> Key:
     features = [CHANNEL_DECAY] if call.decay is not None and call.decay.dim() == 4 else []
-    family, device, dtype, _, *rest = shared_key("linear", call.q, call.v, features)
-    return family, device, dtype, index(call.feature_width), *rest
+    key = shared_key("linear", call.q, call.v, features)
+    return (*key[:3], index(call.feature_width), *key[4:])
 
 
 def run(call: Call, backend: str | None) -> tuple[Tensor, LinearState]:

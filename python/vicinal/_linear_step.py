@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _backends
 from . import _linear_check as check
-from ._attend_run import choose
+from ._choice import choose
 from ._linear_maps import ELEMENTWISE
 from ._linear_run import IDENTITY, Call, LinearState, as_state, prepare, problem_key, run_reference
 

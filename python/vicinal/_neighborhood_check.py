@@ -112,19 +112,20 @@ def _check_qkv(call: Call) -> None:
     checks.head_dims(q, v)
 
 
-def check_lengths(neighborhood: Neighborhood, q: Tensor, k: Tensor, name: str = "k") -> None:
+def check_lengths(neighborhood: Neighborhood, q: Tensor, k: Tensor, name: str = "k", rows: str = "q") -> None:
     """The grids of queries and keys: equal, but for a truncated axis with more keys than queries."""
     q_space, k_space = tuple(q.shape[1:-2]), tuple(k.shape[1:-2])
     if q_space == k_space:
         return
     if len(q_space) > 1 or neighborhood.border != "truncate":
         raise ValueError(
-            f"{name} has the grid {list(k_space)}, q has {list(q_space)}; they must be equal "
+            f"{name} has the grid {list(k_space)}, {rows} has {list(q_space)}; they must be equal "
             "(but for border 'truncate' on one axis, where there may be more keys)"
         )
     if k_space[0] < q_space[0]:
         raise ValueError(
-            f"{name} has {k_space[0]} tokens on axis 0, q has {q_space[0]}; there must be at least as many"
+            f"{name} has {k_space[0]} tokens on axis 0, {rows} has {q_space[0]}; "
+            "there must be at least as many"
         )
 
 

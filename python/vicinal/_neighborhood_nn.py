@@ -54,7 +54,7 @@ class _NeighborhoodAttention(nn.Module):
         self.rpb: nn.Parameter | None = None
         if rel_pos_bias:
             if any(a.left < 0 or a.right < 0 for a in axes):
-                raise ValueError(f"rel_pos_bias=True needs a limited kernel_size on every axis: {kernel_size}")
+                raise ValueError(f"rel_pos_bias=True needs a limited kernel_size, got {kernel_size}")
             self.rpb = nn.Parameter(zeros(num_heads, *(2 * (a.left + a.right) + 1 for a in axes)))
             nn.init.trunc_normal_(self.rpb, std=0.02)
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)

@@ -1,8 +1,8 @@
 """Plans of segments: a row per segment over a list of query rows and a list of key rows.
 
-Where key ranges overlap, or a key row stands at several slots, the backward works on copies: the first segment
-that reads a key owns its gradient, every other one writes to a copy of its keys, and the copies of a key are
-summed in their order. Everything is vectorised, without a loop over segments.
+Where key ranges overlap, or a key row stands at several slots, the backward works on copies: the first
+segment that reads a key owns its gradient, every other one writes to a copy of its keys, and the copies of a
+key are summed in their order. Everything is vectorised, without a loop over segments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a call of segment attention to a backend: cast, check, choose, bring the terms to the kernels' form."""
+"""From a call of segment attention to a backend: cast, check, choose, bring terms to the kernels' form."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _attend_run as shared
 from . import _check as checks
+from . import _choice
 from . import reference_voxel as reference
 from ._attend import accumulator
 from ._segments_type import SegmentGroups, Segments
@@ -94,8 +94,8 @@ def _check_terms(call: Call) -> None:
         checks.on_device_of_q(f"{name}.coords", coords, call.q)
         if coords.shape[0] != rows or call.k.shape[0] != rows:
             raise ValueError(
-                f"{name} has {coords.shape[0]} coordinates; q has {rows} rows and k {call.k.shape[0]}, all of "
-                "which must be the same voxels"
+                f"{name} has {coords.shape[0]} coordinates; q has {rows} rows and k {call.k.shape[0]}, all "
+                "of which must be the same voxels"
             )
         if isinstance(term, RelTable) and term.table.shape[2] != heads:
             raise ValueError(f"RelTable has a table of {term.table.shape[2]} heads; q has {heads}")
@@ -111,9 +111,9 @@ def _check_terms(call: Call) -> None:
             )
 
 
-def problem_key(call: Call) -> shared.ProblemKey:
+def problem_key(call: Call) -> _choice.Key:
     features = [name for name, kind in ((RELATIVE, RelTable), (CONTEXT, ContextTable)) if call.term(kind)]
-    return shared.problem_key("voxel", call.q, call.v, features)
+    return _choice.problem_key("voxel", call.q, call.v, tuple(features))
 
 
 def run(
@@ -121,7 +121,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """out and lse."""
     call = prepare(q, k, v, segments, bias, scale)
-    chosen = shared.choose(problem_key(call), backend)
+    chosen = _choice.choose(problem_key(call), backend)
     return run_reference(call) if chosen == "reference" else _run_op(call, chosen)
 
 
@@ -171,7 +171,9 @@ def run_reference(call: Call, compute_dtype: torch.dtype | None = None) -> tuple
     for s, n in groups:
         last = first + n
         heads = (x[:, first:last] for x in (q, k, call.v))
-        out, lse = reference.segment_attention(*heads, s, call.scale, _terms(call, first, last), compute_dtype)
+        out, lse = reference.segment_attention(
+            *heads, s, call.scale, _terms(call, first, last), compute_dtype
+        )
         outs.append(out)
         lses.append(lse)
         first = last

@@ -34,7 +34,11 @@ class RelTable:
     def __post_init__(self) -> None:
         _cells("coords", self.coords)
         checks.floating("table", self.table)
-        if self.table.dim() != 3 or self.table.shape[0] != self.coords.shape[1] or self.table.shape[1] % 2 == 0:
+        if (
+            self.table.dim() != 3
+            or self.table.shape[0] != self.coords.shape[1]
+            or self.table.shape[1] % 2 == 0
+        ):
             raise ValueError(
                 f"table has shape {list(self.table.shape)}; it must be [{self.coords.shape[1]}, 2 b + 1, H]"
             )
@@ -63,7 +67,8 @@ class ContextTable:
             checks.floating(name, table)
             if table.dim() != 4 or table.shape[1] != self.cells.shape[1] or table.shape[0] % 2 == 0:
                 raise ValueError(
-                    f"{name} has shape {list(table.shape)}; it must be [L, {self.cells.shape[1]}, H, D], L odd"
+                    f"{name} has shape {list(table.shape)}; "
+                    f"it must be [L, {self.cells.shape[1]}, H, D] with L odd"
                 )
 
 

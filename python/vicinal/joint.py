@@ -137,13 +137,7 @@ def prepare(call: Call) -> Call:
 
 
 def key_of(call: Call) -> Key:
-    options = {
-        "laplace": call.activation == "laplace",
-        "causal": call.is_causal,
-        "gate": call.gate,
-        "bias": call.bias is not None,
-        "dropout": call.dropout_p > 0,
-    }
+    options = {"dropout": call.dropout_p > 0, "keys above 256": call.quad_q.shape[-1] > 256}
     return problem_key("joint", call.quad_q, call.v, tuple(name for name, there in options.items() if there))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _backends
 from . import _linear_check as check
-from ._attend_run import problem_of
+from ._choice import problem_of
 from ._linear_maps import FeatureMap, favor_projection
 from ._linear_run import LinearState, prepare, problem_key, run
 from ._linear_step import prepare_step, step

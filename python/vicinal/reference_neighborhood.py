@@ -45,7 +45,9 @@ def axis_slots(axis: AxisNeighborhood) -> tuple[Tensor, Tensor]:
         end = n if right < 0 else torch.minimum(leader + right + 1, n)
         end = p + 1 if axis.causal else end
         limited = left >= 0 and right >= 0
-        start, slots = (leader - left, axis.kernel) if limited else (torch.zeros_like(p), -(-axis.length // d))
+        start, slots = (
+            (leader - left, axis.kernel) if limited else (torch.zeros_like(p), -(-axis.length // d))
+        )
     t = start[:, None] + torch.arange(slots)
     seen = (t >= first[:, None]) & (t < end[:, None])
     return torch.where(seen, group[:, None] + d * t, -1), t - p[:, None]

@@ -11,8 +11,8 @@ from ._segments_type import Segments
 
 
 class Terms(NamedTuple):
-    """What is added: key_bias [Nk, 1 or H]; rel: (cells [N, A], table [A, 2 b + 1, H]); context: (cells [N, A],
-    Tq, Tk [L, A, H, D], Tv [L, A, H, Dv])."""
+    """What is added: key_bias [Nk, 1 or H]; rel: (cells [N, A], table [A, 2 b + 1, H]); context: (cells
+    [N, A], Tq, Tk [L, A, H, D], Tv [L, A, H, Dv])."""
 
     key_bias: Tensor | None = None
     rel: tuple[Tensor, Tensor] | None = None
@@ -30,8 +30,9 @@ def segment_attention(
 ) -> tuple[Tensor, Tensor]:
     """out [Nq, H, Dv] in q's dtype and lse [Nq, H]. compute_dtype: default float32, float64 for float64."""
     acc = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=acc, device=q.device)
-    lse = torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
+    nothing = sum(x[:0].to(acc).sum() for x in (q, k, v))  # 0, and gradients of 0 where there is no segment
+    out = nothing + torch.zeros(*q.shape[:2], v.shape[-1], dtype=acc, device=q.device)
+    lse = nothing + torch.full(q.shape[:2], -torch.inf, dtype=acc, device=q.device)
     for chosen, q_most, k_most in _classes(segments):
         q_rows, q_there = _slots(segments.q_ptr[:-1], segments.q_ptr[1:], segments.q_index, chosen, q_most)
         k_rows, k_there = _slots(segments.k_begin, segments.k_end, segments.k_index, chosen, k_most)
@@ -88,7 +89,7 @@ def _padded(
         bound = table.shape[1] // 2
         for a in range(cells.shape[1]):
             offset = (cells[q_rows, a][:, :, None] - cells[k_rows, a][:, None]).clamp(-bound, bound) + bound
-            s = s + table[a].to(s.dtype)[offset.long()].movedim(-1, 1)
+            s = s + _looked_up(table[a], offset.long(), s.dtype).movedim(-1, 1)
     value_tables = None
     if terms.context is not None:
         cells, q_table, k_table, v_table = terms.context
@@ -96,7 +97,7 @@ def _padded(
         offset = offset.clamp(0, q_table.shape[0] - 1).long()  # of slots that there are not
         axis = torch.arange(cells.shape[1], device=cells.device)
         q_terms, k_terms, value_tables = (
-            t.to(s.dtype)[offset, axis].sum(3) for t in (q_table, k_table, v_table)
+            _looked_up(t, (offset, axis), s.dtype).sum(3) for t in (q_table, k_table, v_table)
         )
         s = s + scale * torch.einsum("snhd,snmhd->shnm", qs, q_terms)
         s = s + torch.einsum("smhd,snmhd->shnm", ks, k_terms)
@@ -106,6 +107,11 @@ def _padded(
     if value_tables is not None:
         out = out + torch.einsum("shnm,snmhd->snhd", p, value_tables)
     return out, lse.movedim(1, -1)
+
+
+def _looked_up(table: Tensor, index: Tensor | tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """table[index]; the gradient of an entry, a sum over many pairs, is accumulated in float64."""
+    return table.double()[index].to(dtype)
 
 
 def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:

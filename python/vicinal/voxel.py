@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _backends
 from . import _check as checks
-from ._attend_run import problem_of
+from ._choice import problem_of
 from ._segments_type import SegmentGroups, Segments
 from ._voxel_run import prepare, problem_key, run
 from ._voxel_types import Bias, ContextTable, KeyBias, RelTable, Rope3D

@@ -16,8 +16,8 @@ needs_cuda_build = pytest.mark.skipif(
     _backends._C is None or not _backends._C.build_info()["with_cuda"],
     reason="vicinal was built without nvcc",
 )
-# Members of struct Attend by place: dtype, batch, heads, head dims, n_q, n_k, n_rows, q_slots, k_slots.
-SIZES = {0: 0, 2: 1, 3: 1, 4: 8, 5: 8, 6: 1, 7: 1, 22: 1, 23: 1, 24: 1}
+# Members of struct Attend by place: dtype, batch, heads, kv_heads, head dims, n_q, n_k, n_rows, slots.
+SIZES = {0: 0, 2: 1, 3: 1, 4: 1, 5: 8, 6: 8, 7: 1, 8: 1, 23: 1, 24: 1, 25: 1}
 
 
 def arguments(kind: str, handles: int, **changed: int) -> tuple[int | float, ...]:
@@ -44,7 +44,7 @@ def test_counts_arguments(function: str, kind: str, handles: int) -> None:
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("changed", [{"at_0": 1}, {"at_4": 257}, {"at_5": 257}, {"at_4": 0}])
+@pytest.mark.parametrize("changed", [{"at_0": 1}, {"at_5": 257}, {"at_6": 257}, {"at_5": 0}])
 def test_refuses_what_no_kernel_computes(changed: dict[str, int]) -> None:
     for function, kind, handles in (("cuda_attend_fwd", "fwd", 1), ("cuda_attend_bwd", "bwd", 2)):
         with pytest.raises(RuntimeError, match="CUDA error 1: invalid argument"):

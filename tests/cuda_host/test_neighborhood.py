@@ -48,7 +48,7 @@ def emulate(
     return emulation
 
 
-@pytest.mark.parametrize("problem", (*PROBLEMS, *TILES), ids=str)
+@pytest.mark.parametrize("problem", [*PROBLEMS, *TILES], ids=str)
 def test_problem(problem: Problem, host_build: HostBuild) -> None:
     """Types and schedules take turns."""
     turn = (*PROBLEMS, *TILES).index(problem)

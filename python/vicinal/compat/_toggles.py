@@ -27,5 +27,5 @@ def has_cuda() -> bool:
 
 
 def memory_usage_preference(*args: Any, **kwargs: Any) -> str:
-    """"default": there is no other."""
+    """ "default": there is no other."""
     return "default"

@@ -22,11 +22,18 @@ __all__ = ["Report", "Row", "accelerate", "restore"]
 _ADAPTER_MODULES = {
     "vicinal.models.swin": "vicinal.drop_in.swin",
     "vicinal.models.cswin": "vicinal.drop_in.cswin",
+    "vicinal.models.ecoformer": "vicinal.drop_in.ecoformer",
+    "vicinal.models.mossformer2": "vicinal.drop_in.mossformer2",
+    "vicinal.models.dinat": "vicinal.drop_in.dinat",
+    "vicinal.models.dformer": "vicinal.drop_in.dformer",
+    "vicinal.models.causal_lm": "vicinal.drop_in.causal_lm",
+    "natten.modules": "vicinal.drop_in.natten_modules",
     "timm.models.swin_transformer": "vicinal.drop_in.timm_swin",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
+    "transformers.models.dinat.modeling_dinat": "vicinal.drop_in.transformers_dinat",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
 }
-FAMILIES = ("windowed",)
+FAMILIES = ("windowed", "neighborhood", "linear")
 
 
 @cache
@@ -43,13 +50,14 @@ def _adapters() -> Iterator[Adapter]:
 def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_run: bool = False) -> Report:
     """Replace the attention of every module that is recognised, in place.
 
-    Known are the blocks of vicinal's own reference models and of Swin in timm, torchvision and transformers.
+    Known are the blocks of vicinal's own reference models, of Swin in timm, torchvision and transformers, of
+    Dinat in transformers, and the modules of natten from 0.20 on.
     A block computes the same function as before, with one fused operation in the place of roll, pad,
     partition, mask and softmax.
 
     Args:
         model: any module; it is changed in place unless `dry_run`.
-        families: which families to use, of "windowed"; None for all.
+        families: which families to use, of "windowed", "neighborhood" and "linear"; None for all.
         dry_run: only report what would happen.
 
     Returns:
@@ -125,5 +133,6 @@ def _unknown(module: nn.Module, originals: tuple[type, ...]) -> str | None:
         base = next(base for base in cls.__mro__ if base in originals)
         return f"a subclass of {base.__module__}.{base.__qualname__} may compute something else"
     if "attention" in cls.__name__.lower() or cls.__name__.lower().endswith("attn"):
-        return f"no adapter for {cls.__module__}.{cls.__qualname__}"
+        own = cls.__module__.startswith(("vicinal.compat", "vicinal.nn", "vicinal._"))
+        return "it is vicinal's own" if own else f"no adapter for {cls.__module__}.{cls.__qualname__}"
     return None

@@ -1,10 +1,15 @@
 """Reference models in plain PyTorch, from the papers' formulas; `vicinal.accelerate` makes them fast."""
 
+from vicinal.models.causal_lm import CausalLM, CausalLMConfig, Scope
 from vicinal.models.configs import (
     cswin_base,
     cswin_small,
     cswin_test,
     cswin_tiny,
+    ecoformer_pvt_v2_b0,
+    ecoformer_test,
+    mossformer2,
+    mossformer2_test,
     swin_base,
     swin_small,
     swin_test,
@@ -14,19 +19,74 @@ from vicinal.models.configs import (
     swin_v2_test,
     swin_v2_tiny,
 )
+from vicinal.models.configs_neighborhood import (
+    causal_lm_test,
+    dformer_base,
+    dformer_test,
+    dinat_base,
+    dinat_large,
+    dinat_large_384,
+    dinat_mini,
+    dinat_small,
+    dinat_test,
+    dinat_tiny,
+    masformer,
+    meshtron,
+    nat_base,
+    nat_mini,
+    nat_small,
+    nat_tiny,
+)
 from vicinal.models.cswin import CSWinConfig, CSWinTransformer
+from vicinal.models.dformer import DFormer, DFormerConfig
+from vicinal.models.dinat import DiNAT, DiNATConfig
+from vicinal.models.dinat_keys import official_dinat_state_dict
+from vicinal.models.ecoformer import EcoFormer, EcoFormerConfig
+from vicinal.models.mossformer2 import MossFormer2, MossFormer2Config
 from vicinal.models.swin import SwinConfig, SwinTransformer
 from vicinal.models.swin_keys import official_state_dict
 
 __all__ = [
     "CSWinConfig",
     "CSWinTransformer",
+    "CausalLM",
+    "CausalLMConfig",
+    "DFormer",
+    "DFormerConfig",
+    "DiNAT",
+    "DiNATConfig",
+    "EcoFormer",
+    "EcoFormerConfig",
+    "MossFormer2",
+    "MossFormer2Config",
+    "Scope",
     "SwinConfig",
     "SwinTransformer",
+    "causal_lm_test",
     "cswin_base",
     "cswin_small",
     "cswin_test",
     "cswin_tiny",
+    "dformer_base",
+    "dformer_test",
+    "dinat_base",
+    "dinat_large",
+    "dinat_large_384",
+    "dinat_mini",
+    "dinat_small",
+    "dinat_test",
+    "dinat_tiny",
+    "ecoformer_pvt_v2_b0",
+    "ecoformer_test",
+    "masformer",
+    "meshtron",
+    "mossformer2",
+    "mossformer2_test",
+    "nat_base",
+    "nat_mini",
+    "nat_small",
+    "nat_tiny",
+    "official_dinat_state_dict",
     "official_state_dict",
     "swin_base",
     "swin_small",

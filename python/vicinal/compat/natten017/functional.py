@@ -75,9 +75,7 @@ def _av(
 ) -> Tensor:
     """attn [B, h, *space, S + E], value [B, h, *space, D], additional_values [B, h, E, D] -> [B, h, *space,
     D]."""
-    return av(
-        attn, value, kernel_size, dilation, is_causal=is_causal, additional_values=additional_values
-    )
+    return av(attn, value, kernel_size, dilation, is_causal=is_causal, additional_values=additional_values)
 
 
 na1d_qk = na2d_qk = na3d_qk = _qk
@@ -128,7 +126,8 @@ def na2d(
     additional_values: Tensor | None = None,
     **tuning: Any,
 ) -> Tensor:
-    """query, key, value [B, H, W, h, D], additional_* [B, E, h, D] -> [B, H, W, h, D]; `tuning` is ignored."""
+    """query, key, value [B, H, W, h, D], additional_* [B, E, h, D] -> [B, H, W, h, D]; `tuning` is
+    ignored."""
     ignore_tuning(tuning, _TUNING, "na2d")
     out: Tensor = fused(
         2,

@@ -114,10 +114,12 @@ def attention(
     ignore_tuning(tuning, _TUNING, "attention")
     packed = (seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV)
     if any(option is not None for option in packed):
-        raise NotImplementedError("attention of packed sequences (seqlens_*, cumulative_seqlen_*) is not here")
+        raise NotImplementedError("attention of packed sequences (seqlens_*) is not here")
     lengths = query.shape[1], key.shape[1]
     if is_causal and lengths[0] != lengths[1]:
-        raise NotImplementedError(f"causal attention of {lengths[0]} queries and {lengths[1]} keys is not here")
+        raise NotImplementedError(
+            f"causal attention of {lengths[0]} queries and {lengths[1]} keys is not here"
+        )
     missing = max(0, lengths[0] - lengths[1])
     ignored = None
     if missing:  # a grid has no more queries than keys: append keys that nobody sees

@@ -1,0 +1,1 @@
+"""What needs a GPU: `python -m benchmarks.gpu PART`, for a machine without a network."""
