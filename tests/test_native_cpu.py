@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    *(str(path.relative_to(ROOT)) for stem in ("gemm", "attend") for path in sorted(ROOT.glob(f"csrc/cpu/{stem}*.cpp"))),
-    "tests/native/attend_cpu.cpp",
-]
+KERNELS = [*ROOT.glob("csrc/cpu/attend*.cpp"), *ROOT.glob("csrc/cpu/gemm*.cpp")]
+SOURCES = [*(str(path.relative_to(ROOT)) for path in sorted(KERNELS)), "tests/native/attend_cpu.cpp"]
 FLAGS = [
     "-std=c++17",
     "-O1",

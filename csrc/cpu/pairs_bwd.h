@@ -1,7 +1,7 @@
 // The backward of a block (attend_bwd.cpp) in products of pairs. W is the Backward of bfloat16.
 //
-// After it, ds holds dS as pairs of keys, w.ds_rows [k_most][kBlockQueries / 2] as pairs of queries, and s the
-// weights as pairs of queries, in rows of kBlockQueries floats whose first half is used.
+// After it, ds holds dS as pairs of keys, w.ds_rows [k_most][kBlockQueries / 2] as pairs of queries, and s
+// the weights as pairs of queries, in rows of kBlockQueries floats whose first half is used.
 #pragma once
 #include "pairs.h"
 
@@ -12,8 +12,7 @@ namespace vicinal::VICINAL_ISA {
 inline void store_rounded(float* low, float* high, int32_t c, __m512bh two) {
   const __m512i x = (__m512i)two;
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + c / 2), _mm512_castsi512_si256(x));
-  if (high)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + c / 2), _mm512_extracti64x4_epi64(x, 1));
+  if (high) _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + c / 2), _mm512_extracti64x4_epi64(x, 1));
 }
 
 // A vector of queries: weights and gradients of the scores, rounded; the latter are added to bias_sum before.
