@@ -48,12 +48,12 @@ template <class W>
   }
 }
 
-// Element c of every row of rounded elements, from `column`; an even one clears the element after it, so that
-// a missing partner is 0.
+// Element c of every row of rounded elements, from a column in pairs; an even one clears the element after
+// it, so that a missing partner is 0.
 inline void scatter_rounded(const float* column, int32_t count, int32_t c, float* to, int64_t stride) {
   for (int32_t j = 0; j < count; ++j) {
     BFloat16 pair[2] = {{0}, {0}};
-    narrow(column[j], pair);
+    __builtin_memcpy(pair, reinterpret_cast<const char*>(column) + 2 * j, 2);
     __builtin_memcpy(reinterpret_cast<BFloat16*>(to + j * stride) + c, pair, c % 2 ? 2 : 4);
   }
 }
@@ -79,9 +79,9 @@ template <class W>
     store(weights + j, weight), store(gradients + j, weight * (load(gradients + j) - delta));
   }
   for (int32_t j = 0; bias_sum && j < nk; ++j) bias_sum[int64_t(j) * w.q_most + c] += gradients[j];
+  pair_column(weights, padded), pair_column(gradients, padded);
   scatter_rounded(weights, nk, c, w.s, row);
   scatter_rounded(gradients, nk, c, w.ds_rows, row / 2);
-  pair_column(gradients, padded);
   for (int32_t j = 0; j < (nk + 1) / 2; ++j) w.ds[j * row + c] = gradients[j];
 }
 
