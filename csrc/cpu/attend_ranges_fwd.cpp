@@ -1,6 +1,6 @@
 // attend where queries see parts of the key box, forward.
 //
-// Floor of a query of 56 x 56, windows of 7 x 7, heads of 32: 98 + 98 vector multiply-adds, 98 cycles, 27 ns on
+// Floor of a query of 56 x 56, windows of 7 x 7, heads of 32: 196 vector multiply-adds, 98 cycles, 27 ns on
 // one Zen 5 core. Predicted: scores 28 ns (dots.h), weighted values 17 (each row loaded once for 4 queries),
 // softmax of 4 vectors 15, packing 2.1 keys 6, the rest 5: 71 ns, 38% of the FMA rate. Measured on a busy
 // machine: 95 ns where the tensors lie in the second-level cache, 142-164 ns from the third, 17%; heads of 64

@@ -308,30 +308,19 @@ struct Block {
 
   // Multiplies x (laid out like s) by keep / (1 - p).
   void drop(int32_t h, T* x) const {
-    if (a.drop_by_token) return drop_by_token(h, x);
     const uint32_t limit = dropout_threshold(a.dropout_p);
     const T kept = T(1 / (1 - a.dropout_p));
     const uint32_t bh = static_cast<uint32_t>(now->b * a.head_total + a.head_offset + h);
     const uint64_t seed = static_cast<uint64_t>(*a.seed);
-    for (int32_t j = 0; j < now->nk; j += 4) {
+    const int32_t together = a.drop_by_token ? 1 : 4;  // keys of one draw
+    for (int32_t j = 0; j < now->nk; j += together) {
+      int64_t first = j;
+      if (a.drop_by_token) first = j < now->box ? now->k_token[j] : a.n_k + a.edge_row + j - now->box;
+      if (first < 0) continue;  // a pad
       for (int32_t c = 0; c < n; ++c) {
-        const Philox4 w = dropout_words(seed, static_cast<uint32_t>(j / 4), now->q_token[q0 + c], bh);
-        for (int32_t u = 0; u < 4 && j + u < now->nk; ++u)
-          x[int64_t(j + u) * kBlockQueries + c] *= w.x[u] >= limit ? kept : T(0);
-      }
-    }
-  }
-  void drop_by_token(int32_t h, T* x) const {
-    const uint32_t limit = dropout_threshold(a.dropout_p);
-    const T kept = T(1 / (1 - a.dropout_p));
-    const uint32_t bh = static_cast<uint32_t>(now->b * a.head_total + a.head_offset + h);
-    const uint64_t seed = static_cast<uint64_t>(*a.seed);
-    for (int32_t j = 0; j < now->nk; ++j) {
-      const int64_t slot = j < now->box ? now->k_token[j] : a.n_k + a.edge_row + j - now->box;
-      if (slot < 0) continue;  // a pad
-      for (int32_t c = 0; c < n; ++c) {
-        const Philox4 w = dropout_words(seed, static_cast<uint32_t>(slot / 4), now->q_token[q0 + c], bh);
-        x[int64_t(j) * kBlockQueries + c] *= w.x[slot % 4] >= limit ? kept : T(0);
+        const Philox4 w = dropout_words(seed, static_cast<uint32_t>(first / 4), now->q_token[q0 + c], bh);
+        for (int32_t u = 0; u < together && j + u < now->nk; ++u)
+          x[int64_t(j + u) * kBlockQueries + c] *= w.x[first % 4 + u] >= limit ? kept : T(0);
       }
     }
   }

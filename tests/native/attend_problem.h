@@ -125,6 +125,7 @@ struct Problem {
     v = Tensor<S>(a.batch, a.n_k, a.heads, a.head_dim_v),
     dout = Tensor<S>(a.batch, a.n_q, a.heads, a.head_dim_v);
     r.fill(q), r.fill(k), r.fill(v), r.fill(dout);
+    a.kv_heads = a.heads;
     a.q = q.rows(), a.k = k.rows(), a.v = v.rows();
     a.plan = {grid.axes.data(), grid.rows.data(), static_cast<int64_t>(grid.rows.size()), grid.slots,
               grid.slots};
