@@ -1,7 +1,11 @@
 // Products with lanes = head dimension: dot products of one row with scattered rows, and their weighted sum.
 //
-// kLanes dot products are added up by one tree of in-register transposes (15 additions and 30 shuffles for 16
-// of them), which costs what 24 multiply-adds do: 50% on top of heads of 32, 25% of heads of 64.
+// kLanes dot products are added up by one tree of in-register transposes: for 16 of them 15 additions, 18
+// blends and 14 shuffles, where heads of 32 have 32 multiply-adds. Measured on Zen 5, cycles for 16 products
+// of 16, 32 and 64 dimensions: 23, 32, 55. Tried and slower: two shuffles a step and no blends (32, 40, 71);
+// four centres by four columns in a tree, so that a row is loaded once for all four (no gain: loads are not
+// what limits it); four dimensions of four centres as lanes, rows broadcast 128 bits at a time (1.4 times the
+// time of the tree: such a load takes a cycle).
 #pragma once
 #include "simd.h"
 
@@ -98,10 +102,10 @@ inline Vec<T> most_across(Vec<T> x) {
   return across<T>(x, op, std::make_integer_sequence<int, kLanes<T>>());
 }
 
-// out[i] = x . rows[at[i]] (kAdd: + out[i]) for i < count, rows of kVectors vectors. at is readable, and out
-// written, up to a whole vector.
+// out[i] = factor * x . rows[at[i]] (kAdd: + out[i]) for i < count, rows of kVectors vectors. at is readable,
+// and out written, up to a whole vector.
 template <class T, int kVectors, bool kAdd>
-void dots_of(const T* x, const T* rows, const int32_t* at, int32_t count, T* out) {
+void dots_of(const T* x, const T* rows, const int32_t* at, int32_t count, T factor, T* out) {
   constexpr int n = kLanes<T>;
   Vec<T> xv[kVectors];
 #pragma GCC unroll 8
@@ -117,28 +121,28 @@ void dots_of(const T* x, const T* rows, const int32_t* at, int32_t count, T* out
   };
   int32_t i = 0;
   for (; i + n <= count; i += n) {
-    Vec<T> sums = sum_tree<T>(leaves(at + i), n);
+    Vec<T> sums = sum_tree<T>(leaves(at + i), n) * factor;
     if constexpr (kAdd) sums += load(out + i);
     store(out + i, sums);
   }
   if (i == count) return;
-  Vec<T> sums = sum_tree<T>(leaves(at + i), count - i);
+  Vec<T> sums = sum_tree<T>(leaves(at + i), count - i) * factor;
   if constexpr (kAdd) sums += load(out + i);
   store(out + i, sums);
 }
 template <class T, bool kAdd, int kVectors = 8>
-void dots_upto(int vectors, const T* x, const T* rows, const int32_t* at, int32_t count, T* out) {
+void dots_upto(int vectors, const T* x, const T* rows, const int32_t* at, int32_t count, T factor, T* out) {
   if constexpr (kVectors > 1) {
-    if (vectors < kVectors) return dots_upto<T, kAdd, kVectors - 1>(vectors, x, rows, at, count, out);
+    if (vectors < kVectors) return dots_upto<T, kAdd, kVectors - 1>(vectors, x, rows, at, count, factor, out);
   }
-  dots_of<T, kVectors, kAdd>(x, rows, at, count, out);
+  dots_of<T, kVectors, kAdd>(x, rows, at, count, factor, out);
 }
 template <class T>
-void dots(int vectors, const T* x, const T* rows, const int32_t* at, int32_t count, T* out) {
-  dots_upto<T, false>(vectors < 8 ? vectors : 8, x, rows, at, count, out);
+void dots(int vectors, const T* x, const T* rows, const int32_t* at, int32_t count, T factor, T* out) {
+  dots_upto<T, false>(vectors < 8 ? vectors : 8, x, rows, at, count, factor, out);
   while ((vectors -= 8) > 0) {
     x += 8 * kLanes<T>, rows += 8 * kLanes<T>;
-    dots_upto<T, true>(vectors < 8 ? vectors : 8, x, rows, at, count, out);
+    dots_upto<T, true>(vectors < 8 ? vectors : 8, x, rows, at, count, factor, out);
   }
 }
 
@@ -179,30 +183,27 @@ void weigh(int vectors, const T* w, const T* rows, const int32_t* at, int32_t co
 constexpr int kBand = 4;
 
 // The boxes of kBand centres, `lines` lines of `width` rows each: those of centre u begin kStep * u rows
-// after those of centre 0. Weights of a box are contiguous.
+// after those of centre 0. What belongs to a box (weights, products) is contiguous.
 template <class T>
 struct Band {
-  const T* w;  // [kBand][w_stride]
-  int64_t w_stride;
   const T* rows;  // the first row of centre 0
   int32_t row_stride, line_stride;
   int32_t lines, width;
-  T* out;  // [kBand][out_stride]
-  int64_t out_stride;
 };
 
-// out[u] += the sum over the box of centre u of w[u] * row: every row is loaded once for all that read it.
+// out[u] += the sum over the box of centre u of w[u][slot] * row: each row is loaded once for all
+// centres that read it.
 template <class T, int kStep, int kVectors>
-void weigh_band_of(const Band<T>& g) {
+void weigh_band_of(const Band<T>& g, const T* weights, int64_t w_stride, T* out, int64_t out_stride) {
   constexpr int n = kLanes<T>;
   Vec<T> acc[kBand][kVectors];
 #pragma GCC unroll 4
   for (int u = 0; u < kBand; ++u) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[u][v] = load(g.out + u * g.out_stride + v * n);
+    for (int v = 0; v < kVectors; ++v) acc[u][v] = load(out + u * out_stride + v * n);
   }
   const T* w[kBand];
-  for (int u = 0; u < kBand; ++u) w[u] = g.w + u * g.w_stride - kStep * u;
+  for (int u = 0; u < kBand; ++u) w[u] = weights + u * w_stride - kStep * u;
   const int64_t stride = g.row_stride;
   const auto column = [&](const T* y, int64_t c, int first, int last) __attribute__((always_inline)) {
     Vec<T> row[kVectors];
@@ -230,22 +231,26 @@ void weigh_band_of(const Band<T>& g) {
 #pragma GCC unroll 4
   for (int u = 0; u < kBand; ++u) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(g.out + u * g.out_stride + v * n, acc[u][v]);
+    for (int v = 0; v < kVectors; ++v) store(out + u * out_stride + v * n, acc[u][v]);
   }
 }
 template <class T, int kStep, int kVectors = 4>
-void weigh_band_upto(int vectors, const Band<T>& g) {
+void weigh_band_upto(int vectors, const Band<T>& g, const T* w, int64_t w_stride, T* out,
+                     int64_t out_stride) {
   if constexpr (kVectors > 1) {
-    if (vectors < kVectors) return weigh_band_upto<T, kStep, kVectors - 1>(vectors, g);
+    if (vectors < kVectors) {
+      return weigh_band_upto<T, kStep, kVectors - 1>(vectors, g, w, w_stride, out, out_stride);
+    }
   }
-  weigh_band_of<T, kStep, kVectors>(g);
+  weigh_band_of<T, kStep, kVectors>(g, w, w_stride, out, out_stride);
 }
 // step: 0, or 1 where width is at least kBand - 1.
 template <class T>
-void weigh_band(int vectors, int step, Band<T> g) {
-  for (; vectors > 0; vectors -= 4, g.rows += 4 * kLanes<T>, g.out += 4 * kLanes<T>) {
+void weigh_band(int vectors, int step, Band<T> g, const T* w, int64_t w_stride, T* out, int64_t out_stride) {
+  for (; vectors > 0; vectors -= 4, g.rows += 4 * kLanes<T>, out += 4 * kLanes<T>) {
     const int some = vectors < 4 ? vectors : 4;
-    step ? weigh_band_upto<T, 1>(some, g) : weigh_band_upto<T, 0>(some, g);
+    step ? weigh_band_upto<T, 1>(some, g, w, w_stride, out, out_stride)
+         : weigh_band_upto<T, 0>(some, g, w, w_stride, out, out_stride);
   }
 }
 

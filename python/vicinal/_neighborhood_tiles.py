@@ -32,6 +32,7 @@ RULES = {
     "cuda": Rule(64, 16, load=16, skips=True),
 }
 CPU_QUERIES = 256  # of a tile, at most
+CPU_WIDTH = 8  # of them on the last of several axes: the lines of a window stay in the first-level cache
 EXACT = 1024  # slots, at most, of a tile whose queries all read the same keys
 
 Tile = tuple[int, ...]
@@ -118,6 +119,8 @@ def _cheapest_on_cpu(axes: tuple[AxisNeighborhood, ...]) -> Tile:
     pairs = prod(_group(axis) * _span(axis, _group(axis), 1) for axis in axes)
 
     def cost(tile: Tile, tiles: int, read: int) -> float:
+        if len(tile) > 1 and tile[-1] > CPU_WIDTH:
+            return float("inf")
         alone = tile[-1] % 4 / tile[-1]  # the kernel takes four neighbours together
         return 12 * read + 0.7 * alone * pairs + 500 * tiles
 

@@ -15,10 +15,13 @@ from vicinal._neighborhood_nn import (
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
 )
+from vicinal._short_attention import AgentAttention, LinformerAttention
 from vicinal._voxel_nn import SegmentMultiheadAttention
 from vicinal.windowed import RelativeBias, Windows, windowed_attention_qkvpacked
 
 __all__ = [
+    "AgentAttention",
+    "LinformerAttention",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
