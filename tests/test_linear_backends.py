@@ -262,9 +262,9 @@ def test_out_has_the_memory_order_of_v(backend: str) -> None:
         problem = replace(BY_NAME["cross"], layout=layout, dim_v=16)
         tensors = make(problem, torch.float32, device_of(backend))
         results = solve(problem, tensors, backend)
-        order = sorted(range(4), key=lambda d: -tensors["v"].stride(d))
+        order = sorted(range(4), key=lambda d: -tensors["v"].stride()[d])
         for name in ("out", "dq", "dk", "dv"):
-            assert sorted(range(4), key=lambda d: -results[name].stride(d)) == order, (layout, name)
+            assert sorted(range(4), key=lambda d: -results[name].stride()[d]) == order, (layout, name)
 
 
 @pytest.mark.parametrize("heads", [0, 2])
@@ -301,7 +301,7 @@ def test_ema_scan(backend: str, ends: tuple[int, ...] | None) -> None:
     x = torch.randn(1, 100, 5, dtype=torch.float64)
     p = torch.rand(1, 100, dtype=torch.float64) * 0.98 + 0.01
     starts = set(ends or (0,))
-    rows = []
+    rows: list[torch.Tensor] = []
     for t in range(100):
         before = torch.zeros(5, dtype=torch.float64) if t in starts else rows[-1]
         rows.append(p[0, t] * x[0, t] + (1 - p[0, t]) * before)
