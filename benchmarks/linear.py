@@ -123,8 +123,13 @@ def ours(problem: Problem, inputs: Inputs, backend: str | None) -> linear_publis
     return run
 
 
-def _itself(layer: linear_published.Layer) -> linear_published.Layer:
+def as_it_is(layer: linear_published.Layer) -> linear_published.Layer:
     return layer
+
+
+def compiled(layer: linear_published.Layer) -> linear_published.Layer:
+    made: linear_published.Layer = torch.compile(layer, fullgraph=True)
+    return made
 
 
 def baselines(
@@ -137,13 +142,12 @@ def baselines(
         "nchw": {"matmul": published.lite_mla},
         "causal": {"chunked": published.chunked},
         "decay": {"chunked": published.chunked},
-        "favor": {},
     }
     found: dict[str, Callable[[], linear_published.Layer]] = {}
-    for name, layer in layers[problem.kind].items():
-        found[name] = partial(_itself, layer)
+    for name, layer in layers.get(problem.kind, {}).items():
+        found[name] = partial(as_it_is, layer)
         if not quick and name != "einsum":
-            found[f"{name}-compiled"] = partial(torch.compile, layer, fullgraph=True)
+            found[f"{name}-compiled"] = partial(compiled, layer)
     if problem.causal:
         found["sdpa"] = lambda: published.sdpa
     if inputs.projection is not None:
