@@ -3,6 +3,13 @@
 // The weights are recomputed from lse, and delta = sum of P * dP (so `out` is not read). A plan row owns the
 // gradients of its tokens; sums over rows (dbias, dextra) go through one partial per run of items, added in
 // the order of the runs.
+//
+// Floor of 8 x 56 x 56 tokens, 3 heads of 32, windows of 7 x 7, float32: 1180 MFLOP, 4.6 ms on one Zen 5
+// core. Packing and writing rows cost 30% of 11.5 ms; in place and from the tiles 9.7 ms (1.18 times as fast,
+// one thread, interleaved). With several blocks of queries it gains nothing and everything is packed.
+// bfloat16 in pairs: 1.4 times as fast as in float (16 x 16 windows 1.26). A chunk of a single item, with 24
+// heads whose bias it expands and sums, had cost a third of the time of 32 windows of 7 x 7: hence Schedule's
+// least_items.
 #include <cstdlib>
 
 #include "block.h"
