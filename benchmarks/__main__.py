@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks windowed`, `voxel`, `linear`, `overhead` or `models`."""
+"""Command line: `python -m benchmarks` windowed, neighborhood, voxel, linear, joint, overhead or models."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import linear, models, overhead, table, voxel, windowed
+from . import joint, linear, models, neighborhood, overhead, table, voxel, windowed
 from .results import Report, default_path, load
 
-FAMILIES = ("windowed", "voxel", "linear", "overhead", "models")
+FAMILIES = ("windowed", "neighborhood", "voxel", "linear", "joint", "overhead", "models")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +37,11 @@ def parser() -> argparse.ArgumentParser:
         "--problem", nargs="+", metavar="NAME", help="only problems whose name has one of these parts"
     )
     p.add_argument(
-        "--impl", nargs="+", metavar="NAME", choices=windowed.BASELINES, help="only these baselines"
+        "--impl",
+        nargs="+",
+        metavar="NAME",
+        choices=(*windowed.BASELINES, *neighborhood.BASELINES),
+        help="only these baselines",
     )
     p.add_argument("--backend", help="measure this backend instead of the one that a call would choose")
     p.add_argument("--seconds", type=float, help="time for the rounds of one case (default 6, quick 1)")
@@ -103,8 +107,13 @@ def run_windowed(args: argparse.Namespace, report: Report) -> None:
 
 
 def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
-    """The families without problems to choose from: a line for each thing that they measure."""
+    """The other families: a line for each thing that they measure."""
     threads = tuple(args.threads)
+    if args.family == "neighborhood":
+        asked = neighborhood_cases(args)
+        baselines = tuple(args.impl or neighborhood.BASELINES[: 3 if args.quick else None])
+        seconds = args.seconds or (1.0 if args.quick else 6.0)
+        return neighborhood.run(report, asked, baselines, seconds, args.quick, args.backend)
     if args.family == "overhead":
         return overhead.run(report, threads, args.seconds or (1.0 if args.quick else 4.0), args.backend)
     if args.family == "voxel":
@@ -112,7 +121,17 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
         return voxel.run(report, threads, seconds, tuple(args.dtype), args.quick, args.backend)
     if args.family == "linear":
         return linear.run(linear_options(args), report)
-    return models.run(report, threads, args.seconds or (2.0 if args.quick else 15.0), args.quick)
+    if args.family == "joint":
+        problems = joint.selected(args.problem, quick=args.quick, full=args.full)
+        return joint.run(problems, linear_options(args), report)
+    seconds = args.seconds or (2.0 if args.quick else 15.0)
+    return models.run(report, threads, seconds, args.quick, args.problem)
+
+
+def neighborhood_cases(args: argparse.Namespace) -> list[neighborhood.Case]:
+    dtypes = tuple(windowed.DTYPES[name] for name in args.dtype)
+    directions = (False, True) if args.fwd == args.bwd else (args.bwd,)
+    return neighborhood.cases(args.problem, dtypes, directions, tuple(args.threads), args.quick, args.full)
 
 
 def json_path(args: argparse.Namespace) -> Path:
@@ -152,6 +171,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no GPU is visible to PyTorch", file=sys.stderr)
         return 2
+    if args.list and args.family == "neighborhood":
+        print("\n".join(case.group for case in neighborhood_cases(args)))
+        return 0
     if args.list:
         show_list(args)
         return 0

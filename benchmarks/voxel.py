@@ -65,7 +65,9 @@ CASES = (
 
 def voxels(count: int) -> tuple[Tensor, tuple[int, ...], int]:
     """`count` voxels of street scenes, a sample per scene, in shuffled rows."""
-    samples, grid, left = [], (1, 1, 1), count
+    samples: list[Any] = []
+    grid: tuple[int, ...] = (1, 1, 1)
+    left = count
     while left > 0:
         coords, grid = scene("waymo_pillar", len(samples))
         samples.append(coords[:left])
@@ -81,8 +83,8 @@ Index = tuple[Tensor, Tensor, Tensor]
 def sdpa(q: Tensor, k: Tensor, v: Tensor, index: Index) -> Tensor:
     """Gather, scaled_dot_product_attention with a mask, scatter."""
     rows, empty, slot_of = index
-    gathered = [x[rows].transpose(1, 2) for x in (q, k, v)]
-    out = F.scaled_dot_product_attention(*gathered, attn_mask=~empty[:, None, None])
+    q, k, v = (x[rows].transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=~empty[:, None, None])
     return out.transpose(1, 2).flatten(0, 1)[slot_of]
 
 
@@ -101,8 +103,10 @@ def nested(made: Segments) -> Callable[..., Tensor]:
     back[order] = torch.arange(len(order))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, index: Index) -> Tensor:
-        parts = [torch.nested.nested_tensor_from_jagged(x[order], offsets).transpose(1, 2) for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*parts).transpose(1, 2)
+        q, k, v = (
+            torch.nested.nested_tensor_from_jagged(x[order], offsets).transpose(1, 2) for x in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return out.values()[back]
 
     return attend
@@ -158,7 +162,7 @@ def attention(
             want = out if want is None else want
             if (error := disagreement(out, want, made)) > 64 * torch.finfo(dtype).eps:
                 raise ArithmeticError(f"differs by {error:.1e}")
-            step = stepper(lambda f=function: f(q, k, v), leaves, dout, backward)  # type: ignore[misc]
+            step = stepper(lambda f=function: f(q, k, v), leaves, dout, backward)
             step()
         except Exception as error:
             report.unavailable.append({"group": f"voxel/{case.name}", "impl": name, "reason": reason(error)})

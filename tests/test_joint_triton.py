@@ -112,21 +112,26 @@ def hash_launches(dtype: torch.dtype, itself: bool) -> list[Any]:
     return recorded(run)
 
 
-CONFIGURATIONS = [
-    pytest.param(
-        every, kind, arch, marks=[] if (every, kind, arch) == (True, "half", 90) else pytest.mark.slow
-    )
-    for every in (False, True)
-    for kind in DTYPES
-    for arch in offline.ARCHS
-]
+def configurations() -> list[Any]:
+    """Family, every option or few, dtype class, architecture; all but one are slow."""
+    found = []
+    for family in ("hash", "joint"):
+        for every in (False, True):
+            for kind in DTYPES:
+                for arch in offline.ARCHS:
+                    quick = (family, every, kind, arch) == ("hash", True, "half", 90)
+                    found.append(
+                        pytest.param(family, every, kind, arch, marks=[] if quick else pytest.mark.slow)
+                    )
+    return found
 
 
-@pytest.mark.parametrize(("every", "dtype_class", "arch"), CONFIGURATIONS)
-def test_every_kernel_compiles(every: bool, dtype_class: str, arch: int) -> None:
+@pytest.mark.parametrize(("family", "every", "dtype_class", "arch"), configurations())
+def test_every_kernel_compiles(family: str, every: bool, dtype_class: str, arch: int) -> None:
     """For each architecture, within its shared memory."""
-    joint, hashed = joint_launches(DTYPES[dtype_class], every), hash_launches(DTYPES[dtype_class], every)
-    assert [len({kernel.fn.__name__ for kernel, *_ in x}) for x in (joint, hashed)] == [5, 6]
-    for kernel, args, options in joint + hashed:
+    record, kernels = (joint_launches, 5) if family == "joint" else (hash_launches, 6)
+    launched = record(DTYPES[dtype_class], every)
+    assert len({kernel.fn.__name__ for kernel, *_ in launched}) == kernels
+    for kernel, args, options in launched:
         found = offline.resources(offline.compile_launch(kernel, args, options, arch))
         assert found["shared"] <= SHARED[arch], f"{kernel.fn.__name__}: {found}"

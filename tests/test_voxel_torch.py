@@ -97,8 +97,9 @@ def test_opcheck(name: str, backend: str) -> None:
         torch.library.opcheck(func, args)
 
 
-def inputs(n: int, device: str) -> list[Tensor]:
-    return [torch.randn(n, 2, 8, device=device, requires_grad=True) for _ in range(3)]
+def inputs(n: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(3, n, 2, 8, device=device).unbind(0)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -116,10 +117,13 @@ def test_compile_without_graph_break(backend: str, compiler: str) -> None:
         made = segments.from_lengths(torch.tensor(lengths)).to(device)
         plan = voxel_attention(*inputs(sum(lengths), device), made)  # the plan is built outside of the graph
         assert isinstance(plan, Tensor)
-        given = [*inputs(sum(lengths), device), torch.randn(sum(lengths), device=device, requires_grad=True)]
+        given: Any = [
+            *inputs(sum(lengths), device),
+            torch.randn(sum(lengths), device=device, requires_grad=True),
+        ]
         results = []
         for f in (compiled, function):
-            out = f(*given[:3], made, given[3])
+            out = f(given[0], given[1], given[2], made, given[3])
             results.append([out, *torch.autograd.grad(out.sum(), given)])
         for x, y in zip(*results):
             torch.testing.assert_close(x, y)
@@ -132,7 +136,7 @@ def test_autocast_rounds_q_k_and_v(backend: str) -> None:
     q, k, v = inputs(27, device)
     with torch.autocast(device, torch.bfloat16):
         out = voxel_attention(q, k, v, made, backend=backend)
-    expected = voxel_attention(*(x.bfloat16() for x in (q, k, v)), made, backend=backend)
+    expected = voxel_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), made, backend=backend)
     assert isinstance(out, Tensor)
     assert isinstance(expected, Tensor)
     assert out.dtype == torch.bfloat16

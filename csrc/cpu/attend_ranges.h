@@ -23,9 +23,9 @@ struct Ranges {
   const Plan& plan;
   const bool centres_are_keys, softmax;
   const int32_t D, Dv, Dp, Dvp;
-  const int32_t group;   // query heads per key head
-  const int32_t extras;  // extra keys, in the order of their slots
-  const T unit;          // scores are kept in units of log 2 for the softmax
+  const int32_t group;                // query heads per key head
+  const int32_t extras;               // extra keys, in the order of their slots
+  const T unit;                       // scores are kept in units of log 2 for the softmax
   const int64_t slab_rows, capacity;  // others per slab: aimed at, and the most that there are
   const int64_t stride;  // of a line of slots: window, extras, each rounded up to whole vectors, and slack
   int64_t b = 0;         // of the row at work
@@ -36,21 +36,28 @@ struct Ranges {
   const Windows* ahead;  // null: nothing is to be prefetched
   Slab slab{};
   Places at, at_v;
-  T *rows, *rows_v;        // others [capacity][Dp], [capacity][Dvp]
-  T *centre, *centre_v;    // [centres][Dp], [centres][Dvp]
-  T *extra_k, *extra_v;    // [extras][Dp], [extras][Dvp]
+  T *rows, *rows_v;      // others [capacity][Dp], [capacity][Dvp]
+  T *centre, *centre_v;  // [centres][Dp], [centres][Dvp]
+  T *extra_k, *extra_v;  // [extras][Dp], [extras][Dvp]
   int32_t *extra_at, *extra_at_v;
-  T* key_term;             // per other, in units of the scores
-  T* table;                // bias [heads][bias_size + kN] in units of the scores; reversed for centres = keys
-  T* terms;                // a line of slots
-  T *s, *ds;               // [kBand][stride]
-  Window now[kBand];       // of the band at work
-  int32_t c0, members;     // its first centre and its number of centres
+  T* key_term;          // per other, in units of the scores
+  T* table;             // bias [heads][bias_size + kN] in units of the scores; reversed for centres = keys
+  T* terms;             // a line of slots
+  T *s, *ds;            // [kBand][stride]
+  Window now[kBand];    // of the band at work
+  int32_t c0, members;  // its first centre and its number of centres
 
   Ranges(const Attend& attend, const Plan& rows_of, bool keys)
-      : a(attend), plan(rows_of), centres_are_keys(keys), softmax(attend.activation == kSoftmax),
-        D(attend.head_dim), Dv(attend.head_dim_v), Dp(round_up(D, kN)), Dvp(round_up(Dv, kN)),
-        group(attend.heads / attend.kv_heads), extras(keys ? 0 : attend.n_extra - attend.edge_row),
+      : a(attend),
+        plan(rows_of),
+        centres_are_keys(keys),
+        softmax(attend.activation == kSoftmax),
+        D(attend.head_dim),
+        Dv(attend.head_dim_v),
+        Dp(round_up(D, kN)),
+        Dvp(round_up(Dv, kN)),
+        group(attend.heads / attend.kv_heads),
+        extras(keys ? 0 : attend.n_extra - attend.edge_row),
         unit(softmax ? T(kToLog2) : T(1)),
         slab_rows(kSlabBytes / (int64_t(Dp + Dvp) * int64_t(sizeof(T)))),
         capacity(largest_slab(rows_of, keys, slab_rows)),
@@ -77,7 +84,8 @@ struct Ranges {
     rows = arena.take<T>(capacity * Dp), rows_v = arena.take<T>(capacity * Dvp);
     centre = arena.take<T>(centres * Dp), centre_v = arena.take<T>(centres * Dvp);
     extra_k = arena.take<T>(int64_t(extras) * Dp), extra_v = arena.take<T>(int64_t(extras) * Dvp);
-    extra_at = arena.take<int32_t>(round_up(extras, kN)), extra_at_v = arena.take<int32_t>(round_up(extras, kN));
+    extra_at = arena.take<int32_t>(round_up(extras, kN)),
+    extra_at_v = arena.take<int32_t>(round_up(extras, kN));
     key_term = arena.take<T>(a.key_bias ? others + kN : 0);
     table = arena.take<T>(a.bias ? a.heads * table_stride() : 0);
     terms = arena.take<T>(stride), s = arena.take<T>(kBand * stride), ds = arena.take<T>(kBand * stride);
@@ -90,7 +98,8 @@ struct Ranges {
     for (int32_t h = 0; a.bias && h < a.heads; ++h) {
       const T* from = static_cast<const T*>(a.bias) + h * a.bias_size;
       T* to = table + h * table_stride();
-      for (int64_t i = 0; i < a.bias_size; ++i) to[i] = from[centres_are_keys ? a.bias_size - 1 - i : i] * unit;
+      for (int64_t i = 0; i < a.bias_size; ++i)
+        to[i] = from[centres_are_keys ? a.bias_size - 1 - i : i] * unit;
       for (int32_t i = 0; i < kN; ++i) to[a.bias_size + i] = 0;
     }
   }
@@ -170,7 +179,8 @@ struct Ranges {
     const bool same = h + 1 < h1;
     ahead = same || coming_b >= 0 ? (same ? &x : &coming) : nullptr;
     ahead_h = same ? h + 1 : h0, ahead_at = 0;
-    const int32_t bands = x.centre_extent[0] * x.centre_extent[1] * ((x.centre_extent[2] + kBand - 1) / kBand);
+    const int32_t bands =
+        x.centre_extent[0] * x.centre_extent[1] * ((x.centre_extent[2] + kBand - 1) / kBand);
     int32_t rows = x.centres;
     if (ahead && ahead->others > rows) rows = ahead->others;
     if (ahead && ahead->centres > rows) rows = ahead->centres;
@@ -187,7 +197,8 @@ struct Ranges {
     }
     if (!ahead) return;
     const int64_t batch = ahead == &x ? b : coming_b;
-    const int32_t of_others = place(!centres_are_keys, ahead_h), of_centres = place(centres_are_keys, ahead_h);
+    const int32_t of_others = place(!centres_are_keys, ahead_h),
+                  of_centres = place(centres_are_keys, ahead_h);
     const bool there = ahead == &x && of_others == place(!centres_are_keys, h);
     for (int32_t i = begin; !there && i < end && i < ahead->others; ++i) {
       prefetch<0>(other_rows[0], batch, ahead->other_token[i], of_others, D);
@@ -224,14 +235,15 @@ struct Ranges {
   int32_t window_slots(const Window& w) const { return round_up(w.count(), kN); }
   int32_t slots(const Window& w) const { return window_slots(w) + (first_slab() ? round_up(extras, kN) : 0); }
 
-  // to[slot] = x_row . other: of the window, and of the extra keys.
+  // to[slot] = factor * x_row . other: of the window, and of the extra keys.
   void products(const T* x_row, const T* others, const T* extra, const int32_t* places,
-                const int32_t* extra_places, int32_t padded, const Window& w, T behind, T* to) const {
-    dots(padded / kN, x_row, others + int64_t(w.first) * padded, places, w.count(), to);
+                const int32_t* extra_places, int32_t padded, const Window& w, T factor, T behind,
+                T* to) const {
+    dots(padded / kN, x_row, others + int64_t(w.first) * padded, places, w.count(), factor, to);
     store(to + w.count(), splat(behind));
     if (!extras || !first_slab()) return;
     to += window_slots(w);
-    dots(padded / kN, x_row, extra, extra_places, extras, to);
+    dots(padded / kN, x_row, extra, extra_places, extras, factor, to);
     store(to + extras, splat(behind));
   }
   void add_terms(const Window& w, T* to) const {
@@ -244,7 +256,7 @@ struct Ranges {
     T* to = s + u * stride;
     const T lowest = -T(__builtin_inf());
     place(w);
-    products(centre + int64_t(c0 + u) * Dp, rows, extra_k, at.at, extra_at, Dp, w, lowest, to);
+    products(centre + int64_t(c0 + u) * Dp, rows, extra_k, at.at, extra_at, Dp, w, unit, lowest, to);
     if (a.bias) {
       gather_bias(u, h);
       add_terms(w, to);

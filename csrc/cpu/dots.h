@@ -1,8 +1,8 @@
 // Products with lanes = head dimension: dot products of one row with scattered rows, and their weighted sum.
 //
 // kLanes dot products are added up by one tree of in-register transposes: for 16 of them 15 additions, 18
-// blends and 14 shuffles, where heads of 32 have 32 multiply-adds. Measured on Zen 5, cycles for 16 products of
-// 16, 32 and 64 dimensions: 23, 32, 55. Tried and slower: two shuffles a step and no blends (32, 40, 71);
+// blends and 14 shuffles, where heads of 32 have 32 multiply-adds. Measured on Zen 5, cycles for 16 products
+// of 16, 32 and 64 dimensions: 23, 32, 55. Tried and slower: two shuffles a step and no blends (32, 40, 71);
 // four centres by four columns in a tree, so that a row is loaded once for all four (no gain: loads are not
 // what limits it); four dimensions of four centres as lanes, rows broadcast 128 bits at a time (1.4 times the
 // time of the tree: such a load takes a cycle).
@@ -102,10 +102,10 @@ inline Vec<T> most_across(Vec<T> x) {
   return across<T>(x, op, std::make_integer_sequence<int, kLanes<T>>());
 }
 
-// out[i] = x . rows[at[i]] (kAdd: + out[i]) for i < count, rows of kVectors vectors. at is readable, and out
-// written, up to a whole vector.
+// out[i] = factor * x . rows[at[i]] (kAdd: + out[i]) for i < count, rows of kVectors vectors. at is readable,
+// and out written, up to a whole vector.
 template <class T, int kVectors, bool kAdd>
-void dots_of(const T* x, const T* rows, const int32_t* at, int32_t count, T* out) {
+void dots_of(const T* x, const T* rows, const int32_t* at, int32_t count, T factor, T* out) {
   constexpr int n = kLanes<T>;
   Vec<T> xv[kVectors];
 #pragma GCC unroll 8
@@ -121,28 +121,28 @@ void dots_of(const T* x, const T* rows, const int32_t* at, int32_t count, T* out
   };
   int32_t i = 0;
   for (; i + n <= count; i += n) {
-    Vec<T> sums = sum_tree<T>(leaves(at + i), n);
+    Vec<T> sums = sum_tree<T>(leaves(at + i), n) * factor;
     if constexpr (kAdd) sums += load(out + i);
     store(out + i, sums);
   }
   if (i == count) return;
-  Vec<T> sums = sum_tree<T>(leaves(at + i), count - i);
+  Vec<T> sums = sum_tree<T>(leaves(at + i), count - i) * factor;
   if constexpr (kAdd) sums += load(out + i);
   store(out + i, sums);
 }
 template <class T, bool kAdd, int kVectors = 8>
-void dots_upto(int vectors, const T* x, const T* rows, const int32_t* at, int32_t count, T* out) {
+void dots_upto(int vectors, const T* x, const T* rows, const int32_t* at, int32_t count, T factor, T* out) {
   if constexpr (kVectors > 1) {
-    if (vectors < kVectors) return dots_upto<T, kAdd, kVectors - 1>(vectors, x, rows, at, count, out);
+    if (vectors < kVectors) return dots_upto<T, kAdd, kVectors - 1>(vectors, x, rows, at, count, factor, out);
   }
-  dots_of<T, kVectors, kAdd>(x, rows, at, count, out);
+  dots_of<T, kVectors, kAdd>(x, rows, at, count, factor, out);
 }
 template <class T>
-void dots(int vectors, const T* x, const T* rows, const int32_t* at, int32_t count, T* out) {
-  dots_upto<T, false>(vectors < 8 ? vectors : 8, x, rows, at, count, out);
+void dots(int vectors, const T* x, const T* rows, const int32_t* at, int32_t count, T factor, T* out) {
+  dots_upto<T, false>(vectors < 8 ? vectors : 8, x, rows, at, count, factor, out);
   while ((vectors -= 8) > 0) {
     x += 8 * kLanes<T>, rows += 8 * kLanes<T>;
-    dots_upto<T, true>(vectors < 8 ? vectors : 8, x, rows, at, count, out);
+    dots_upto<T, true>(vectors < 8 ? vectors : 8, x, rows, at, count, factor, out);
   }
 }
 
@@ -235,7 +235,8 @@ void weigh_band_of(const Band<T>& g, const T* weights, int64_t w_stride, T* out,
   }
 }
 template <class T, int kStep, int kVectors = 4>
-void weigh_band_upto(int vectors, const Band<T>& g, const T* w, int64_t w_stride, T* out, int64_t out_stride) {
+void weigh_band_upto(int vectors, const Band<T>& g, const T* w, int64_t w_stride, T* out,
+                     int64_t out_stride) {
   if constexpr (kVectors > 1) {
     if (vectors < kVectors) {
       return weigh_band_upto<T, kStep, kVectors - 1>(vectors, g, w, w_stride, out, out_stride);

@@ -1,7 +1,7 @@
-// A plan row seen from its centres, each of which reads a box of others ("window"). In the forward pass and in
-// the pass over queries of the backward, centres are queries and others are keys; in the pass over key_plan
-// it is the other way round. The visible others of a centre are a range on each axis, and neither end of it
-// ever decreases along the axis.
+// A plan row seen from its centres, each of which reads a box of others ("window"). In the forward pass and
+// in the pass over queries of the backward, centres are queries and others are keys; in the pass over
+// key_plan it is the other way round. The visible others of a centre are a range on each axis, and neither
+// end of it ever decreases along the axis.
 //
 // Others are packed as rows, and may be cut into slabs that fit the second-level cache: ranges of the first
 // axis that has more than one place, so a slab is a run of the row's others.
@@ -21,13 +21,11 @@ struct Window {
   int32_t first;  // row in the slab
   int32_t outer, lines, width;
   int32_t count() const { return outer * lines * width; }
-  bool same_shape(const Window& x) const {
-    return outer == x.outer && lines == x.lines && width == x.width;
-  }
+  bool same_shape(const Window& x) const { return outer == x.outer && lines == x.lines && width == x.width; }
 };
 
 struct Slab {
-  int32_t begin, end;  // places of the axis that is cut
+  int32_t begin, end;   // places of the axis that is cut
   int32_t first, size;  // others
 };
 
@@ -36,7 +34,7 @@ struct Windows {
   int32_t centre_extent[3], extent[3];
   Span* span[3];
   int32_t *token, *code, *other_token, *other_code;
-  int32_t cut;         // the axis that slabs cut
+  int32_t cut;        // the axis that slabs cut
   int32_t code_step;  // between neighbours on the last axis
 
   void carve(cpu::Arena& arena, int64_t most_centres, int64_t most_others) {
@@ -142,7 +140,8 @@ struct Places {
   int32_t* at;
 
   void set(const Windows& x, const Window& w, int32_t size, int lanes) {
-    if (shape.same_shape(w) && x.extent[2] == line_rows && x.extent[1] == plane_rows && size == row_size) return;
+    if (shape.same_shape(w) && x.extent[2] == line_rows && x.extent[1] == plane_rows && size == row_size)
+      return;
     const bool longer = w.outer * w.lines == 1 && shape.outer * shape.lines == 1 && size == row_size;
     int32_t n = longer ? (w.width < shape.width ? w.width : shape.width) : 0;
     shape = w, line_rows = x.extent[2], plane_rows = x.extent[1], row_size = size;

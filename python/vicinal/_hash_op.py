@@ -142,7 +142,7 @@ _backends.register(
         wrong=frozenset({("cpu", torch.bfloat16)}),  # Triton's interpreter
     )
 )
-_backends.register(Row("cuda", "hash", ("cuda",), FLOATS, _no_cuda))
+_backends.register(Row("cuda", "hash", ("cuda",), FLOATS, _no_cuda, missing=frozenset({"all kernels"})))
 _backends.register(Row("reference", "hash", ("any",), FLOATS, _backends.have_reference))
 define(HASH, "cpu", _forward(_cpu_forward), _backward(_cpu_backward))
 define(HASH, "triton", _forward(_triton_forward), _backward(_triton_backward))

@@ -198,7 +198,7 @@ _backends.register(
         wrong=WRONG_IN_INTERPRETER,
     )
 )
-_backends.register(Row("cuda", "joint", ("cuda",), FLOATS, _no_cuda))
+_backends.register(Row("cuda", "joint", ("cuda",), FLOATS, _no_cuda, missing=frozenset({"all kernels"})))
 _backends.register(Row("reference", "joint", ("any",), FLOATS, _backends.have_reference))
 define(JOINT, "cpu", _forward(_cpu_forward), _backward(_cpu_backward))
 define(JOINT, "triton", _forward(_triton_forward), _backward(_triton_backward))

@@ -92,7 +92,8 @@ class SegmentMultiheadAttention(nn.Module):
         """
         if self.dropout > 0 and self.training:
             raise NotImplementedError(f"dropout is {self.dropout}; attention weights are not dropped yet")
-        out = voxel_attention(*self.project(query, key, value), segments, backend=self.backend, **options)
+        q, k, v = self.project(query, key, value)
+        out = voxel_attention(q, k, v, segments, backend=self.backend, **options)
         assert isinstance(out, Tensor)
         return self.out_proj(out.flatten(1)), None
 
