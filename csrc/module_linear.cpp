@@ -1,31 +1,13 @@
 // Bindings of the linear kernels of the CPU.
 #include <pybind11/pybind11.h>
 
-#include "cpu/dispatch.h"
 #include "linear_args.h"
+#include "module_launch.h"
 
 namespace py = pybind11;
 
 namespace vicinal {
 namespace {
-
-template <class Params, Params (*kRead)(TupleReader&), void (*kLaunch)(const Params&, int)>
-PyObject* launch(PyObject*, PyObject* arguments) {
-  TupleReader t(arguments);
-  const Params p = kRead(t);
-  const int threads = t.small();
-  if (!t.ok()) return nullptr;
-  try {
-    cpu::isa();  // a wrong VICINAL_CPU_ISA throws here, with the lock held
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-  Py_BEGIN_ALLOW_THREADS;
-  kLaunch(p, threads);
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
-}
 
 PyMethodDef methods[] = {
     {"linear_fwd", launch<LinearFwd, read_linear_fwd, cpu::linear_fwd>, METH_O,

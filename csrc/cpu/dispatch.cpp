@@ -5,18 +5,27 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "attend.h"
+#include "hash.h"
+#include "huge_pages.h"
+#include "joint.h"
+#include "linear.h"
 #include "memory.h"
 #include "vicinal_config.h"
 
-#define DECLARE(isa)                                \
-  namespace vicinal::isa {                          \
-  void attend_fwd(const AttendFwd& p, int threads); \
-  void attend_bwd(const AttendBwd& p, int threads); \
+#define DECLARE(isa)                                  \
+  namespace vicinal::isa {                            \
+  void attend_fwd(const AttendFwd& p, int threads);   \
+  void attend_bwd(const AttendBwd& p, int threads);   \
+  void linear_fwd(const LinearFwd& p, int threads);   \
+  void linear_bwd(const LinearBwd& p, int threads);   \
+  void linear_step(const LinearStep& p, int threads); \
+  void joint_fwd(const JointFwd& p, int threads);     \
+  void joint_bwd(const JointBwd& p, int threads);     \
+  void hash_fwd(const HashFwd& p, int threads);       \
+  void hash_bwd(const HashBwd& p, int threads);       \
+  double fma_probe(double seconds, int threads);      \
   }
 VICINAL_FOR_EACH_ISA(DECLARE)
 #undef DECLARE
@@ -24,13 +33,24 @@ VICINAL_FOR_EACH_ISA(DECLARE)
 namespace vicinal::cpu {
 namespace {
 
+// The kernels of an instruction set.
 struct Entry {
   const char* name;
-  void (*fwd)(const AttendFwd&, int);
-  void (*bwd)(const AttendBwd&, int);
+  void (*attend_fwd)(const AttendFwd&, int);
+  void (*attend_bwd)(const AttendBwd&, int);
+  void (*linear_fwd)(const LinearFwd&, int);
+  void (*linear_bwd)(const LinearBwd&, int);
+  void (*linear_step)(const LinearStep&, int);
+  void (*joint_fwd)(const JointFwd&, int);
+  void (*joint_bwd)(const JointBwd&, int);
+  void (*hash_fwd)(const HashFwd&, int);
+  void (*hash_bwd)(const HashBwd&, int);
+  double (*fma_probe)(double, int);
 };
 
-#define ENTRY(isa) {#isa, &vicinal::isa::attend_fwd, &vicinal::isa::attend_bwd},
+#define ENTRY(isa)                                                                                       \
+  {#isa,           isa::attend_fwd, isa::attend_bwd, isa::linear_fwd, isa::linear_bwd, isa::linear_step, \
+   isa::joint_fwd, isa::joint_bwd,  isa::hash_fwd,   isa::hash_bwd,   isa::fma_probe},
 constexpr Entry kEntries[] = {VICINAL_FOR_EACH_ISA(ENTRY)};
 #undef ENTRY
 
@@ -66,37 +86,6 @@ const Entry* find(const char* name) {
   }
   return best;
 }
-
-// The bytes from the first element that a kernel writes to the last one.
-struct Span {
-  uintptr_t begin = 0, end = 0;
-
-  static Span of(const Rows& t, int64_t batch, int64_t tokens, int64_t heads, int64_t dim, int64_t bytes) {
-    if (!t.data || batch * tokens * heads * dim <= 0) return {};
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.data);
-    const int64_t last = (batch - 1) * t.stride_b + (tokens - 1) * t.stride_n + (heads - 1) * t.stride_h;
-    return {begin, begin + static_cast<uintptr_t>((last + dim) * bytes)};
-  }
-  Span with(const Span& other) const {  // one span where they overlap, as in a packed gradient
-    if (other.begin >= end || begin >= other.end) return *this;
-    return {begin < other.begin ? begin : other.begin, end > other.end ? end : other.end};
-  }
-};
-
-// Asks for huge pages below an output that the allocator may just have taken from the system: the faults of
-// small ones cost as much as the kernel (67 against 13 ms for 144 MB on a virtual Zen 5, one thread).
-void advise_huge(const Span& span) {
-#if defined(__linux__)
-  constexpr uintptr_t kPage = uintptr_t(2) << 20, kLeast = 2 * kPage;
-  const uintptr_t begin = (span.begin + kPage - 1) & ~(kPage - 1), end = span.end & ~(kPage - 1);
-  if (span.end - span.begin >= kLeast && begin < end)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: it may fail
-#else
-  (void)span;
-#endif
-}
-
-int64_t bytes_of(DType dtype) { return dtype == kF64 ? 8 : dtype == kF32 ? 4 : 2; }
 
 std::atomic<const Entry*> chosen{nullptr};
 
@@ -145,7 +134,7 @@ void set_isa(const char* name) {
 void attend_fwd(const AttendFwd& p, int threads) {
   const Attend& a = p.a;
   advise_huge(Span::of(p.out, a.batch, a.n_q, a.heads, a.head_dim_v, bytes_of(a.dtype)));
-  current().fwd(p, threads);
+  current().attend_fwd(p, threads);
 }
 
 void attend_bwd(const AttendBwd& p, int threads) {
@@ -155,7 +144,16 @@ void attend_bwd(const AttendBwd& p, int threads) {
   const Span dk = Span::of(p.dk, a.batch, a.n_k, a.heads, a.head_dim, size);
   const Span dv = Span::of(p.dv, a.batch, a.n_k, a.heads, a.head_dim_v, size);
   advise_huge(dq.with(dk).with(dv)), advise_huge(dk), advise_huge(dv);
-  current().bwd(p, threads);
+  current().attend_bwd(p, threads);
 }
+
+void linear_fwd(const LinearFwd& p, int threads) { current().linear_fwd(p, threads); }
+void linear_bwd(const LinearBwd& p, int threads) { current().linear_bwd(p, threads); }
+void linear_step(const LinearStep& p, int threads) { current().linear_step(p, threads); }
+void joint_fwd(const JointFwd& p, int threads) { current().joint_fwd(p, threads); }
+void joint_bwd(const JointBwd& p, int threads) { current().joint_bwd(p, threads); }
+void hash_fwd(const HashFwd& p, int threads) { current().hash_fwd(p, threads); }
+void hash_bwd(const HashBwd& p, int threads) { current().hash_bwd(p, threads); }
+double fma_probe(double seconds, int threads) { return current().fma_probe(seconds, threads); }
 
 }  // namespace vicinal::cpu
