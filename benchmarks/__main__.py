@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks windowed`, `neighborhood`, `linear`, `overhead` or `models`."""
+"""Command line: `python -m benchmarks` windowed, neighborhood, voxel, linear, joint, overhead or models."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import linear, models, neighborhood, overhead, table, windowed
+from . import joint, linear, models, neighborhood, overhead, table, voxel, windowed
 from .results import Report, default_path, load
 
-FAMILIES = ("windowed", "neighborhood", "linear", "overhead", "models")
+FAMILIES = ("windowed", "neighborhood", "voxel", "linear", "joint", "overhead", "models")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,9 +116,16 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
         return neighborhood.run(report, asked, baselines, seconds, args.quick, args.backend)
     if args.family == "overhead":
         return overhead.run(report, threads, args.seconds or (1.0 if args.quick else 4.0), args.backend)
+    if args.family == "voxel":
+        seconds = args.seconds or (1.0 if args.quick else 4.0)
+        return voxel.run(report, threads, seconds, tuple(args.dtype), args.quick, args.backend)
     if args.family == "linear":
         return linear.run(linear_options(args), report)
-    return models.run(report, threads, args.seconds or (2.0 if args.quick else 15.0), args.quick)
+    if args.family == "joint":
+        problems = joint.selected(args.problem, quick=args.quick, full=args.full)
+        return joint.run(problems, linear_options(args), report)
+    seconds = args.seconds or (2.0 if args.quick else 15.0)
+    return models.run(report, threads, seconds, args.quick, args.problem)
 
 
 def neighborhood_cases(args: argparse.Namespace) -> list[neighborhood.Case]:

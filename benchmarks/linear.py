@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ class Inputs:
     def to(self, dtype: torch.dtype) -> Inputs:
         decay = None if self.decay is None else self.decay.to(torch.promote_types(dtype, torch.float32))
         projection = None if self.projection is None else self.projection.to(dtype)
-        return Inputs(*(x.detach().to(dtype) for x in self.leaves), decay, self.dout.to(dtype), projection)
+        q, k, v = (x.detach().to(dtype) for x in self.leaves)
+        return Inputs(q, k, v, decay, self.dout.to(dtype), projection)
 
 
 def make_inputs(problem: Problem, dtype: torch.dtype) -> Inputs:
@@ -121,22 +123,31 @@ def ours(problem: Problem, inputs: Inputs, backend: str | None) -> linear_publis
     return run
 
 
+def as_it_is(layer: linear_published.Layer) -> linear_published.Layer:
+    return layer
+
+
+def compiled(layer: linear_published.Layer) -> linear_published.Layer:
+    made: linear_published.Layer = torch.compile(layer, fullgraph=True)
+    return made
+
+
 def baselines(
     problem: Problem, inputs: Inputs, quick: bool
 ) -> dict[str, Callable[[], linear_published.Layer]]:
     """What makes each baseline; making it may raise."""
     published = linear_published
-    plain: dict[str, linear_published.Layer] = {
+    layers: dict[str, dict[str, linear_published.Layer]] = {
         "full": {"matmul": published.matmul, "einsum": published.einsum},
         "nchw": {"matmul": published.lite_mla},
         "causal": {"chunked": published.chunked},
         "decay": {"chunked": published.chunked},
-        "favor": {},
-    }[problem.kind]  # type: ignore[assignment]
-    found: dict[str, Callable[[], linear_published.Layer]] = {n: (lambda f=f: f) for n, f in plain.items()}
-    for name, layer in plain.items():
+    }
+    found: dict[str, Callable[[], linear_published.Layer]] = {}
+    for name, layer in layers.get(problem.kind, {}).items():
+        found[name] = partial(as_it_is, layer)
         if not quick and name != "einsum":
-            found[f"{name}-compiled"] = lambda layer=layer: torch.compile(layer, fullgraph=True)
+            found[f"{name}-compiled"] = partial(compiled, layer)
     if problem.causal:
         found["sdpa"] = lambda: published.sdpa
     if inputs.projection is not None:

@@ -77,8 +77,8 @@ def _with_decay(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, b: Tensor) -> 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) -> Tensor:
     """Causal softmax attention: another function, for the same place in a model."""
-    first = [x.transpose(1, 2) for x in (q, k, v)]
-    return F.scaled_dot_product_attention(*first, is_causal=True).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def performer(projection: Tensor) -> Layer:

@@ -1,8 +1,9 @@
-"""Whole models: Swin-T at 224 pixels before and after `vicinal.drop_in.accelerate`, inference and training
-steps.
+"""Whole models before and after `vicinal.drop_in.accelerate`, inference and training steps: Swin-T and
+DiNAT-Mini at 224 pixels.
 
-The baselines are the reference model of vicinal.models, which computes what the official release does, and
-timm's, with its own fused attention, on the same weights. Before anything is timed, the outputs are compared.
+The baselines are the reference models of vicinal.models, which compute what the official releases do (DiNAT
+gathers the keys of every window), and for Swin-T timm's, with its own fused attention; all on the same
+weights. Before anything is timed, the outputs are compared.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vicinal.drop_in import accelerate
-from vicinal.models import SwinTransformer, swin_tiny
+from vicinal.models import DiNAT, SwinTransformer, dinat_mini, swin_tiny
 
 from . import torchvision_operators
 from .measure import Contender, interleave, median, ratios
@@ -25,28 +26,33 @@ from .table import number
 from .windowed import OURS, spread
 
 BASELINES = ("reference", "timm")
+PROBLEMS: dict[str, Callable[[], nn.Module]] = {
+    "swin-t": lambda: SwinTransformer(swin_tiny()),
+    "dinat-mini": lambda: DiNAT(dinat_mini()),
+}
 
 
-def build(name: str) -> nn.Module:
-    """A Swin-T by where it comes from; "vicinal" is the accelerated reference model."""
+def swin_of_timm() -> nn.Module:
+    torchvision_operators.declare()
+    import timm
+
     torch.manual_seed(0)
-    if name == "timm":
-        torchvision_operators.declare()
-        import timm
-
-        model: nn.Module = timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0)
-        return model
-    return SwinTransformer(swin_tiny())
+    model: nn.Module = timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0)
+    return model
 
 
-def models() -> tuple[dict[str, nn.Module], dict[str, str]]:
+def models(problem: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Ours and the baselines on the same weights, and why a baseline is missing."""
-    reference = build("reference")
+    torch.manual_seed(0)
+    reference = PROBLEMS[problem]()
     fast = copy.deepcopy(reference)
     accelerate(fast)
-    found, missing = {OURS: fast, "reference": reference}, {}
+    found: dict[str, nn.Module] = {OURS: fast, "reference": reference}
+    missing: dict[str, str] = {}
+    if problem != "swin-t":
+        return found, missing
     try:
-        other = build("timm")
+        other = swin_of_timm()
         accelerated_timm = copy.deepcopy(other)
         accelerate(accelerated_timm)
         found |= {"timm": other, "timm, accelerated": accelerated_timm}
@@ -95,23 +101,36 @@ def disagreement(found: dict[str, nn.Module], images: Tensor) -> str:
     return ""
 
 
-def run(report: Report, threads: tuple[int, ...], seconds: float, quick: bool) -> Iterator[str]:
-    """Time every batch size and step; yields a line for each."""
-    found, missing = models()
+def run(
+    report: Report, threads: tuple[int, ...], seconds: float, quick: bool, wanted: list[str] | None = None
+) -> Iterator[str]:
+    """Time every model whose name has a part that is `wanted` (None: all); yields a line for each batch size
+    and step."""
+    for problem in PROBLEMS:
+        if wanted is None or any(part in problem for part in wanted):
+            yield from run_problem(report, problem, threads, seconds, quick)
+
+
+def run_problem(
+    report: Report, problem: str, threads: tuple[int, ...], seconds: float, quick: bool
+) -> Iterator[str]:
+    """Time one model."""
+    found, missing = models(problem)
     report.unavailable += [{"group": "models", "impl": n, "reason": why} for n, why in missing.items()]
     if complaint := disagreement(found, torch.randn(1, 3, 224, 224)):
-        report.refused.append({"group": "models", "reason": complaint})
-        yield f"models  REFUSED: {complaint}"
+        report.refused.append({"group": f"models/{problem}", "reason": complaint})
+        yield f"models/{problem}  REFUSED: {complaint}"
         return
     for count in threads:
         torch.set_num_threads(count)
         for batch in (1,) if quick else (1, 8):
             images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+            name = f"{problem}-b{batch}"
             for direction, prepare in (("inference", inference), ("training", training)):
-                group = f"models/swin-t-b{batch}/float32/{direction}/{count}t"
-                ready = [Contender(name, prepare(model, images)) for name, model in found.items()]
+                group = f"models/{name}/float32/{direction}/{count}t"
+                ready = [Contender(impl, prepare(model, images)) for impl, model in found.items()]
                 timed = interleave(ready, seconds=seconds, rounds=(3, 5) if quick else (7, 40))
-                params = {"problem": f"swin-t-b{batch}", "dtype": "float32", "direction": direction}
+                params = {"problem": name, "dtype": "float32", "direction": direction}
                 more = {"threads": count, "device": "cpu", "batch": batch}
                 report.results += results(group, {**params, **more}, timed.contenders)
                 yield line(group, timed.contenders, batch)

@@ -61,8 +61,9 @@ def sdpa(problem: Problem, masked: bool) -> Step:
         if bias is not None and at is not None and masked:
             dense = torch.full((q.shape[-2], n, n), float("-inf"), dtype=bias.dtype)
             mask = dense.scatter(2, index.expand(len(bias), -1, -1), bias.flatten(1)[:, at]).to(q.dtype)
-        heads_first = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2).reshape(q.shape)
+        first, second, third = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(first, second, third, attn_mask=mask)
+        return out.transpose(1, 2).reshape(q.shape)
 
     return run
 

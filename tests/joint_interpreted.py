@@ -1,6 +1,6 @@
-"""Joint and hash attention in Triton's interpreter, against float64. Run by test_joint_triton.py in processes of
-their own: TRITON_INTERPRET=1 must be set before triton is imported. bfloat16 is left out: the interpreter's
-arithmetic on it is wrong."""
+"""Joint and hash attention in Triton's interpreter, against float64. Run by test_joint_triton.py in processes
+of their own: TRITON_INTERPRET=1 must be set before triton is imported. bfloat16 is left out: the
+interpreter's arithmetic on it is wrong."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _problems() -> list[Problem]:
         Problem("packed", 300, batch=1, ends=(0, 0, 1, 65, 65, 200, 300)),
         Problem("packed-rest", 300, batch=1, ends=(0, 7, 130), state=True, mask="some"),
     ]
-    causal = {"causal": True, "tokens": 203}
+    causal: dict[str, Any] = {"causal": True, "tokens": 203}
     found += [
         Problem("causal-head-decay", decay="head", **causal),
         Problem("causal-step-decay", decay="step", **causal),

@@ -372,8 +372,7 @@ def test_the_report_names_what_is_left_alone_and_why() -> None:
 
 def test_families_are_checked_and_obeyed() -> None:
     model = _swin()
-    message = r"families names \['windows'\], it may name \['windowed', 'neighborhood'\]"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"families names \['windows'\], it may name \['windowed', "):
         vicinal.accelerate(model, families=["windows"])
     report = vicinal.accelerate(model, families=[])
     assert not report.replaced

@@ -191,7 +191,7 @@ def test_compiled_in_one_graph(name: str) -> None:
     torch.manual_seed(0)
     layer = redraw(make())
     vicinal.accelerate(layer)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(shape)
     expected = gradients(double(layer), x.double())
     results = {key.replace("_orig_mod.", ""): value for key, value in gradients(compiled, x).items()}

@@ -102,9 +102,11 @@ def test_one_of_two_outputs_differentiated(backend: str) -> None:
 def test_large_and_small_scores_are_finite(backend: str) -> None:
     device = device_of(backend)
     for size in (1e4, 1e-4):
-        qk = [size * torch.randn(1, 40, 8, device=device) for _ in range(4)]
+        x, y, z, w = (size * torch.randn(1, 40, 8, device=device) for _ in range(4))
         v = torch.randn(1, 40, 16, device=device)
         for activation in ("relu2", "laplace"):
-            out = joint_attention(*qk, v, v, gate=True, group_size=16, activation=activation, backend=backend)
+            out = joint_attention(
+                x, y, z, w, v, v, gate=True, group_size=16, activation=activation, backend=backend
+            )
             assert isinstance(out, torch.Tensor)
             assert bool(out.isfinite().all())

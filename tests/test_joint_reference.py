@@ -69,11 +69,11 @@ def published(qq: Tensor, qk: Tensor, lq: Tensor, lk: Tensor, v: Tensor, u: Tens
 
 @pytest.mark.parametrize("tokens", [256, 300, 1000])
 def test_the_published_layer(tokens: int) -> None:
-    qk = [torch.randn(2, tokens, 16, dtype=torch.float64) for _ in range(4)]
     v, u = torch.randn(2, tokens, 48, dtype=torch.float64).chunk(2, -1)
-    ours = joint_attention(*qk, v, u, gate=True, backend="reference")
+    a, b, c, d = (torch.randn(2, tokens, 16, dtype=torch.float64) for _ in range(4))
+    ours = joint_attention(a, b, c, d, v, u, gate=True, backend="reference")
     assert isinstance(ours, Tensor)
-    assert rms_ratio(ours, published(*qk, v, u, 256)) < 1e-13
+    assert rms_ratio(ours, published(a, b, c, d, v, u, 256)) < 1e-13
 
 
 @pytest.mark.parametrize("name", ["laplace-mask-causal", "bias-laplace"])
@@ -100,10 +100,9 @@ def test_derivatives_of_first_and_second_order(name: str) -> None:
 
 
 def test_dropout_keeps_the_mean() -> None:
-    qk = [torch.ones(1, 512, 4) for _ in range(4)]
-    v = torch.ones(1, 512, 1)
-    plain = joint_attention(*qk, v, lin_scale=0.0, backend="reference")
-    dropped = joint_attention(*qk, v, lin_scale=0.0, dropout_p=0.4, backend="reference")
+    x, v = torch.ones(1, 512, 4), torch.ones(1, 512, 1)
+    plain = joint_attention(x, x, x, x, v, lin_scale=0.0, backend="reference")
+    dropped = joint_attention(x, x, x, x, v, lin_scale=0.0, dropout_p=0.4, backend="reference")
     assert isinstance(plain, Tensor)
     assert isinstance(dropped, Tensor)
     assert abs(float(dropped.mean() / plain.mean()) - 1) < 0.01

@@ -1,4 +1,4 @@
-"""The Triton kernels of joint and hash attention without a GPU: results in the interpreter, and compilation."""
+"""The Triton kernels of joint and hash attention without a GPU: the interpreter's results, compilation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-import triton_compile as offline  # noqa: E402
+import triton_compile as offline
 
-from vicinal._hash_op import _fake_forward as hash_outputs  # noqa: E402
-from vicinal._joint_op import Options  # noqa: E402
-from vicinal._joint_op import _fake_forward as joint_outputs  # noqa: E402
-from vicinal.kernels import hash as hash_launch  # noqa: E402
-from vicinal.kernels import joint as joint_launch  # noqa: E402
-from vicinal.kernels import launch  # noqa: E402
+from vicinal._hash_op import _fake_forward as hash_outputs
+from vicinal._joint_op import Options
+from vicinal._joint_op import _fake_forward as joint_outputs
+from vicinal.kernels import hash as hash_launch
+from vicinal.kernels import joint as joint_launch
+from vicinal.kernels import launch
 
 INTERPRETED = Path(__file__).with_name("joint_interpreted.py")
 DTYPES = {"half": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -112,13 +112,26 @@ def hash_launches(dtype: torch.dtype, itself: bool) -> list[Any]:
     return recorded(run)
 
 
-@pytest.mark.parametrize("arch", offline.ARCHS)
-@pytest.mark.parametrize("dtype_class", DTYPES)
-@pytest.mark.parametrize("every", [False, True])
-def test_every_kernel_compiles(every: bool, dtype_class: str, arch: int) -> None:
+def configurations() -> list[Any]:
+    """Family, every option or few, dtype class, architecture; all but one are slow."""
+    found = []
+    for family in ("hash", "joint"):
+        for every in (False, True):
+            for kind in DTYPES:
+                for arch in offline.ARCHS:
+                    quick = (family, every, kind, arch) == ("hash", True, "half", 90)
+                    found.append(
+                        pytest.param(family, every, kind, arch, marks=[] if quick else pytest.mark.slow)
+                    )
+    return found
+
+
+@pytest.mark.parametrize(("family", "every", "dtype_class", "arch"), configurations())
+def test_every_kernel_compiles(family: str, every: bool, dtype_class: str, arch: int) -> None:
     """For each architecture, within its shared memory."""
-    joint, hashed = joint_launches(DTYPES[dtype_class], every), hash_launches(DTYPES[dtype_class], every)
-    assert [len({kernel.fn.__name__ for kernel, *_ in x}) for x in (joint, hashed)] == [5, 6]
-    for kernel, args, options in joint + hashed:
+    record, kernels = (joint_launches, 5) if family == "joint" else (hash_launches, 6)
+    launched = record(DTYPES[dtype_class], every)
+    assert len({kernel.fn.__name__ for kernel, *_ in launched}) == kernels
+    for kernel, args, options in launched:
         found = offline.resources(offline.compile_launch(kernel, args, options, arch))
         assert found["shared"] <= SHARED[arch], f"{kernel.fn.__name__}: {found}"

@@ -73,12 +73,18 @@ def test_repeated_runs_are_bit_equal(problem: Problem, backend: str) -> None:
         assert torch.equal(x, again[name]), name
 
 
+# Their maps are PyTorch's own code before the kernel, and its sums depend on the number of threads.
+MAPPED_OUTSIDE = ("softmax", "focused", "focused-all", "favor")
+
+
 @needs_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_number_of_threads_does_not_change_a_bit(dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     try:
         for problem in PROBLEMS:
+            if problem.feature_map in MAPPED_OUTSIDE:
+                continue
             tensors = make(problem, dtype)
             results = []
             for threads in (1, 2, 3):
@@ -256,9 +262,9 @@ def test_out_has_the_memory_order_of_v(backend: str) -> None:
         problem = replace(BY_NAME["cross"], layout=layout, dim_v=16)
         tensors = make(problem, torch.float32, device_of(backend))
         results = solve(problem, tensors, backend)
-        order = sorted(range(4), key=lambda d: -tensors["v"].stride(d))
+        order = sorted(range(4), key=lambda d: -tensors["v"].stride()[d])
         for name in ("out", "dq", "dk", "dv"):
-            assert sorted(range(4), key=lambda d: -results[name].stride(d)) == order, (layout, name)
+            assert sorted(range(4), key=lambda d: -results[name].stride()[d]) == order, (layout, name)
 
 
 @pytest.mark.parametrize("heads", [0, 2])
@@ -295,7 +301,7 @@ def test_ema_scan(backend: str, ends: tuple[int, ...] | None) -> None:
     x = torch.randn(1, 100, 5, dtype=torch.float64)
     p = torch.rand(1, 100, dtype=torch.float64) * 0.98 + 0.01
     starts = set(ends or (0,))
-    rows = []
+    rows: list[torch.Tensor] = []
     for t in range(100):
         before = torch.zeros(5, dtype=torch.float64) if t in starts else rows[-1]
         rows.append(p[0, t] * x[0, t] + (1 - p[0, t]) * before)

@@ -149,8 +149,8 @@ def test_favor_estimates_softmax() -> None:
     w = favor_projection(8, 4096, generator=torch.Generator().manual_seed(1))
     out = linear_attention(q, k, v, feature_map=FeatureMap("favor", projection=w), eps=0.0)
     assert isinstance(out, Tensor)
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
-    expected = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     assert float((out - expected).norm() / expected.norm()) < 0.1
 
 

@@ -10,14 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
-    "csrc/cpu/gemm.cpp",
-    "csrc/cpu/attend_fwd.cpp",
-    "csrc/cpu/attend_bwd.cpp",
-    "csrc/cpu/attend_ranges_fwd.cpp",
-    "csrc/cpu/attend_ranges_bwd.cpp",
-    "tests/native/attend_cpu.cpp",
-]
+KERNELS = [*ROOT.glob("csrc/cpu/attend*.cpp"), *ROOT.glob("csrc/cpu/gemm*.cpp")]
+SOURCES = [*(str(path.relative_to(ROOT)) for path in sorted(KERNELS)), "tests/native/attend_cpu.cpp"]
 FLAGS = [
     "-std=c++17",
     "-O1",
@@ -29,11 +23,8 @@ FLAGS = [
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-ISA_FLAGS = {
-    "portable": [],
-    "avx2": AVX2,
-    "avx512": [*AVX2, *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]],
-}
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+ISA_FLAGS = {"portable": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 
 
 def best_isa() -> str:

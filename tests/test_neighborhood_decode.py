@@ -9,6 +9,7 @@ import torch
 from backends_support import device_of, op_backends
 from dispatch_modes import refused
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vicinal import Neighborhood, RingKVCache, neighborhood_attention, sliding_window_decode
 
@@ -96,7 +97,7 @@ def test_decoding_compiles_once_for_all_steps() -> None:
     q = torch.randn(9, 2, 1, 4, 8)
     k, v = torch.randn(9, 2, 1, 2, 8), torch.randn(9, 2, 1, 2, 5)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> Any:
         cache.append(k, v)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -114,3 +116,20 @@ def test_arguments_are_checked() -> None:
         NeighborhoodAttention1D(32, 4, (-1, 0), border="truncate", rel_pos_bias=True)
     with pytest.raises(ValueError, match=r"x must be \[B, L1, L2, 32\], got \[1, 9, 32\]"):
         NeighborhoodAttention2D(32, 4, 7)(torch.zeros(1, 9, 32))
+
+
+def test_copies_and_pickles() -> None:
+    module = redraw(NeighborhoodAttention2D(8, 2, 3, dilation=(1, 2), rel_pos_bias=True))
+    x = torch.randn(2, 7, 6, 8)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(x), module(x))
+
+
+def test_compiled_in_one_graph() -> None:
+    module = redraw(NeighborhoodAttention2D(8, 2, 3, dilation=2, rel_pos_bias=True, pad_small_inputs=True))
+    compiled: Any = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for space in ((9, 8), (4, 8)):  # the second is padded
+        x = torch.randn(2, *space, 8)
+        expected = gradients(module, x)
+        results = gradients(compiled, x)
+        assert_same({key.replace("_orig_mod.", ""): v for key, v in results.items()}, expected, 1e-5)

@@ -287,11 +287,12 @@ def test_condaformer_planes() -> None:
 @pytest.mark.parametrize("name", INVALID)
 def test_invalid_coordinates_raise(builder: str, name: str) -> None:
     coords, grid, size = case(name)
-    arguments: dict[str, Any] = {
+    given: dict[str, Any] = {
         "windows": ((12, 12, 1),),
         "dsvt_sets": ((12, 12, 1), (0, 0, 0), 36),
         "flatformer_groups": ((9, 9), 69),
-    }.get(builder, ())
+    }
+    arguments = given.get(builder, ())
     expected = (
         "same voxel in rows" if name == "duplicates" else r"coords has x -?\d+ in row \d+; it must be 0 <="
     )

@@ -36,6 +36,11 @@ def test_neighborhoods(dtype: str) -> None:
     run_interpreted(f"test_neighborhood and {dtype}")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+def test_segments(dtype: str) -> None:
+    run_interpreted(f"test_voxel and {dtype}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("test", ["every_problem", "all_neighborhoods"])

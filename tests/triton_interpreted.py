@@ -11,6 +11,8 @@ import neighborhood_problems as neighborhoods
 import neighborhood_solutions as solutions
 import pytest
 import torch
+import voxel_problems as voxels
+import voxel_solutions
 from problems import BY_NAME, PROBLEMS, Problem, violations
 from rule import compare
 
@@ -40,6 +42,27 @@ NEIGHBORHOOD_TILED = neighborhoods.Problem(
     "tiled-neighborhood", (150,), Neighborhood((70, 30), border="truncate"), batch=1, heads=4, kv_heads=2,
     dim=5, dim_v=3, bias=True, extra=3, dropout_p=0.3, padding="bool",
 )  # fmt: skip
+
+
+VOXELS = ("arrays", "ranges-free", "neighbours", "rope-small", "chunks-back")
+
+
+def check_voxels(problem: voxels.Problem, dtype: torch.dtype) -> None:
+    tensors = voxel_solutions.make(problem, dtype)
+    truth = voxel_solutions.exact(problem, tensors)
+    errors = voxel_solutions.dense_errors(problem, tensors, truth)
+    assert not compare(voxel_solutions.solve(problem, tensors, "triton"), truth, errors, dtype)
+
+
+@pytest.mark.parametrize("problem", [voxels.BY_NAME[name] for name in VOXELS], ids=str)
+def test_voxel_float32(problem: voxels.Problem) -> None:
+    check_voxels(problem, torch.float32)
+
+
+@pytest.mark.parametrize("problem", [voxels.BY_NAME[name] for name in VOXELS[:2]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=["float16", "float64"])
+def test_voxel(problem: voxels.Problem, dtype: torch.dtype) -> None:
+    check_voxels(problem, dtype)
 
 
 def check(problem: Problem, dtype: torch.dtype) -> None:

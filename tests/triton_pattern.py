@@ -55,7 +55,7 @@ def check_ranges() -> None:
     columns = [torch.tensor(column, dtype=torch.int32) for column in zip(*triples)]
     seen = torch.empty_like(columns[0])
     ranges[(1,)](*columns, seen, guard, len(triples), BLOCK=16384)
-    assert seen.tolist() == [int(pattern.visible(*triple, guard)) for triple in triples]
+    assert seen.tolist() == [int(pattern.visible(x, y, z, guard)) for x, y, z in triples]
 
 
 def main() -> None:

@@ -135,14 +135,14 @@ def dense(problem: Problem, tensors: dict[str, Tensor], c: float, backwards: boo
     scale = q.shape[-1] ** -0.5 if problem.scale is None else problem.scale
     parts = [x.flip(-1) if backwards else x for x in (q * c, k, v * c)]
     s = torch.einsum("nhd,mhd->hnm", parts[0], parts[1]) * (scale / c)
-    value = torch.zeros((), dtype=q.dtype)
+    value = None
     if "bias" in tensors:
         for a in range(3):
             offset = (cells(problem)[:, None, a] - cells(problem)[None, :, a]).clamp(-BOUND, BOUND) + BOUND
             s = s + tensors["bias"][a].to(q.dtype)[offset.long()].movedim(-1, 0)
     if "q_table" in tensors:
         offset = cells(problem)[:, None] - cells(problem)[None] + EXTENT // 2
-        tables = [
+        tables: Any = [
             sum(tensors[n].to(q.dtype)[offset[..., a].long(), a] for a in range(3))
             for n in ("q_table", "k_table", "v_table")
         ]

@@ -25,7 +25,8 @@ def outputs(
     solve: Solve, given: list[Tensor], table: Tensor | None, dout: Tensor, backward: bool
 ) -> list[Tensor]:
     """The output and, with `backward`, the gradients of q, k, v and the table."""
-    out = solve(*given, table)
+    q, k, v = given
+    out = solve(q, k, v, table)
     if not backward:
         return [out.detach()]
     leaves = [*given, *([table] if table is not None else [])]

@@ -141,7 +141,8 @@ def sdpa(case: Case) -> Solve:
         mask = seen
         if table is not None and index is not None:
             mask = table.flatten(1)[:, index].masked_fill(~seen, -torch.inf)[None].to(q.dtype)
-        out = scaled_dot_product_attention(*map(_heads_first, (q, k, v)), attn_mask=mask)
+        q, k, v = (_heads_first(x) for x in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return _heads_last(out, case)
 
     return solve

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,12 @@ def windows(backend: str, dtype: torch.dtype, dim: int) -> None:
     bias = torch.randn(2, 25, 25, device="cuda", requires_grad=True)
     extra = [normal(2, 3, 2, dim, dtype=dtype) for _ in range(2)]
     mask = torch.rand(2, 9, 10, device="cuda") < 0.3
-    options = {"extra_k": extra[0], "extra_v": extra[1], "key_padding_mask": mask, "dropout_p": 0.2}
+    options: dict[str, Any] = {
+        "extra_k": extra[0],
+        "extra_v": extra[1],
+        "key_padding_mask": mask,
+        "dropout_p": 0.2,
+    }
     backward(
         windowed_attention(
             q, k, v, Windows(5, shift=2), bias=bias, return_lse=True, backend=backend, **options
@@ -42,7 +49,12 @@ def neighborhoods(backend: str, dtype: torch.dtype, dim: int) -> None:
     bias = torch.randn(4, 9, 9, device="cuda", requires_grad=True)
     extra = [normal(1, 3, 2, dim, dtype=dtype) for _ in range(2)]
     mask = torch.rand(1, 11, 20, device="cuda") < 0.2
-    options = {"extra_k": extra[0], "extra_v": extra[1], "key_padding_mask": mask, "dropout_p": 0.2}
+    options: dict[str, Any] = {
+        "extra_k": extra[0],
+        "extra_v": extra[1],
+        "key_padding_mask": mask,
+        "dropout_p": 0.2,
+    }
     for where in (Neighborhood(5), Neighborhood(5, dilation=(1, 2), stride=(2, 1), is_causal=(True, False))):
         backward(
             neighborhood_attention(q, k, v, where, bias=bias, return_lse=True, backend=backend, **options)

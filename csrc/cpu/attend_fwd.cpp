@@ -1,13 +1,16 @@
 // attend, forward: per row and head, blocks of queries against all keys (block.h).
 //
 // Floor of 8 x 56 x 56 tokens, 3 heads of 32, windows of 7 x 7, float32: 472 MFLOP, 1.8 ms on one Zen 5 core
-// (257 GF/s), and 38.5 MB, 0.9 ms. Measured 5.4 ms, 35% of the FMA rate (8 x 8 windows with heads of 30: 43%,
-// 16 x 16: 61%). Of 3.6 us per window and head the products take 1.35 us; the rest is packing, exp and
-// stores, whose operands come from the second level: a window and head touches some 75 KB. Tried and no
-// faster: V packed over K and out over Q^T (12 KB less, within noise); prefetch into the second level (within
-// noise); one burst of prefetches while packing (6.4 against 5.3 ms spread over the tiles; none: 9.7 ms); 2^x
-// by adding 1.5 * 2^23 instead of vreduceps and vscalefps (6.1 against 3.9 cycles a vector). Not tried:
-// reading K and V in place when they need no conversion.
+// (257 GF/s), and 38.5 MB, 0.9 ms. Packing K, V and out cost 27% of 5.2 ms, so reading K and V in place and
+// writing out from the tiles should have brought 4.2 ms; measured 4.7 ms, since the loads that missed now do
+// so in the tiles and in the prefetches. bfloat16 in pairs: a floor of 0.9 ms and half the traffic; predicted
+// 3.0 ms, measured 3.3 ms (4.8 ms when it was converted to float).
+//
+// Tried and no faster: V packed over K and out over Q^T (12 KB less, within noise); prefetch into the second
+// level (within noise); one burst of prefetches while packing (6.4 against 5.3 ms spread over the tiles;
+// none: 9.7 ms); 2^x by adding 1.5 * 2^23 instead of vreduceps and vscalefps (6.1 against 3.9 cycles a
+// vector); non-temporal stores of out and of the gradients (0-2%); chunks of one head (13% slower: the heads
+// of a token share pages and prefetches).
 #include "block.h"
 #include "pairs.h"
 #include "schedule.h"

@@ -101,25 +101,27 @@ void sort(const Key* keys, int64_t n, int bits, int32_t* order, Key* sorted, int
   }
 }
 
-template <class Coord, class Key>
-int64_t pack(const Coord* coords, int64_t n, int64_t stride, int fields, const int64_t* columns,
+// kFields 0: any number.
+template <int kFields, class Coord, class Key>
+int64_t pack(const Coord* coords, int64_t n, int64_t stride, int any_fields, const int64_t* columns,
              const int64_t* sizes, const int64_t* tables, Key* keys, int threads) {
-  const int team = team_of(n, threads);
+  const int fields = kFields ? kFields : any_fields, team = team_of(n, threads);
   int64_t wrong = n;
 #pragma omp parallel for num_threads(team) if (team > 1) reduction(min : wrong) schedule(static)
   for (int64_t i = 0; i < n; ++i) {
     const Coord* row = coords + i * stride;
     const int64_t* table = tables;
     int64_t key = 0;
+    bool outside = false;
+#pragma GCC unroll 4
     for (int f = 0; f < fields; ++f) {
       const int64_t c = row[columns[f]];
-      if (c < 0 || c >= sizes[f]) {
-        wrong = i < wrong ? i : wrong;
-      } else {
-        key += table[c];
-      }
+      const bool inside = static_cast<uint64_t>(c) < static_cast<uint64_t>(sizes[f]);
+      outside |= !inside;
+      if (inside) key += table[c];
       table += sizes[f];
     }
+    if (outside && i < wrong) wrong = i;
     keys[i] = static_cast<Key>(key);
   }
   return wrong < n ? wrong : -1;
@@ -173,7 +175,8 @@ int64_t pack_keys(const void* coords, int coord_bytes, int64_t n, int64_t stride
                   const int64_t* columns, const int64_t* sizes, const int64_t* tables, void* keys,
                   int key_bytes, int threads) {
   const auto run = [&](auto* c, auto* k) {
-    return pack(c, n, stride, fields, columns, sizes, tables, k, threads);
+    return fields == 4 ? pack<4>(c, n, stride, fields, columns, sizes, tables, k, threads)
+                       : pack<0>(c, n, stride, fields, columns, sizes, tables, k, threads);
   };
   const auto* c4 = static_cast<const int32_t*>(coords);
   const auto* c8 = static_cast<const int64_t*>(coords);

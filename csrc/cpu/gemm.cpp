@@ -1,10 +1,9 @@
 // Register tiles of tile_rows(vectors) x vectors accumulators: 88-98% of the FMA rate on operands in the
 // first-level cache.
 //
-// bfloat16 and half are packed to float before: with that, 16 x 16 windows of bfloat16 run at 60% of the
-// float FMA rate. VDPBF16PS (twice the FMA rate on Zen 5, slower than FMA on Sapphire Rapids) would need
-// pairs of steps interleaved in both operands and weights rounded to bfloat16; AMX tiles likewise. Neither is
-// written. They fit behind gemm_rows and gemm_columns, whose callers know nothing of the tiles.
+// Rows by addresses take 8 rows at most: with 12 of them the general registers spill and 16 x 16 windows lose
+// 6%. bfloat16 has tiles of its own (gemm_pairs.cpp) where the machine multiplies pairs; half, and bfloat16
+// elsewhere, is packed to float before.
 #include "gemm.h"
 
 namespace vicinal::VICINAL_ISA {

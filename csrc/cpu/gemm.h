@@ -24,7 +24,7 @@ struct Gemm {
   int64_t init_stride;
   T* c;
   int64_t c_stride;
-  const Ahead* ahead;  // or null
+  const Ahead* ahead;                // or null
   const T* const* a_rows = nullptr;  // row i of A in gemm_rows, instead of a + i * a_stride
   const T* const* b_rows = nullptr;  // step t of B, instead of b + t * b_stride
   T* const* c_rows = nullptr;        // row i of C, instead of c + i * c_stride

@@ -19,7 +19,8 @@ inline __m512i pair_at(const void* p) {
 }
 
 template <int kVectors, int kCount>
-void store_rows(const PairGemm& g, int i0, int v0, Vec<float> (&acc)[kCount][kVectors]) {
+[[gnu::always_inline]] inline void store_rows(const PairGemm& g, int i0, int v0,
+                                              Vec<float> (&acc)[kCount][kVectors]) {
 #pragma GCC unroll 12
   for (int i = 0; i < kCount; ++i) {
     const float factor = g.c_factor ? g.c_factor[i0 + i] : g.factor;

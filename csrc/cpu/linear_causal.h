@@ -18,10 +18,9 @@ struct Chunk : Head<S, T> {
   using Head<S, T>::z;
   using Head<S, T>::n;
 
-  T* power;      // exp(b_i - b_j) for j <= i, 0 above the diagonal; 1 instead without a decay
-  T *e, *left;   // exp(b_i), exp(b_last - b_j)
-  T* step_sums;  // b
-  T* ones;
+  T* power;             // exp(b_i - b_j) for j <= i, 0 above the diagonal; 1 instead without a decay
+  T *e, *left;          // exp(b_i), exp(b_last - b_j)
+  T* step_sums;         // b
   T* weights;           // a square
   T* columns;           // a tile transposed, [most of K, Kd, dim_v][kTile]
   T keep;               // exp(b_last)
@@ -32,14 +31,13 @@ struct Chunk : Head<S, T> {
   void carve_chunk(cpu::Arena& arena) {
     power = arena.take<T>(kTile * kTile), weights = arena.take<T>(kTile * kTile);
     e = arena.take<T>(kTile), left = arena.take<T>(kTile), step_sums = arena.take<T>(kTile);
-    ones = arena.take<T>(kTile);
     int32_t most = z.K > z.Kd ? z.K : z.Kd;
     if (z.dim_v > most) most = z.dim_v;
     columns = arena.take<T>(int64_t(most) * kTile);
   }
   void start_head() {
     constant_ready = false;
-    fill(ones, T(1), kTile);
+    fill(this->ones, T(1), kTile);
     if (a.decay) return;
     for (int i = 0; i < kTile; ++i) {
       for (int j = 0; j < kTile; ++j) power[i * kTile + j] = j <= i ? T(1) : T(0);
@@ -138,7 +136,7 @@ struct Chunk : Head<S, T> {
   void row_sums(const T* square, T* to) {
     for (int i0 = 0; i0 < n; i0 += kStrip) {
       const int m = n - i0 < kStrip ? n - i0 : kStrip;
-      row_dots(square + i0 * kTile, kTile, ones, 0, m, i0 + kStrip, to + i0);
+      row_dots(square + i0 * kTile, kTile, this->ones, 0, m, i0 + kStrip, to + i0);
     }
   }
   void transpose_to_columns(const T* tile, int stride, int dim) {

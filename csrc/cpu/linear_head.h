@@ -77,6 +77,7 @@ struct Head {
   T *f, *f_slopes, *fd;    // features of queries [kTile][Kp], derivatives, features of the denominator
   T *p, *p_slopes, *pd;    // of keys
   T *v, *o, *u, *du, *dd;  // values, outputs [kTile][Vp]; gradients of features [kTile][Kp], and their sums
+  T *ones, *totals;        // kTile, Kp
   T *den, *inverse, *d, *seen;  // kTile each; seen: 0 for a masked key
   int64_t b, n0;                // the tile at work
   int32_t n;
@@ -89,7 +90,7 @@ struct Head {
     fd = z.own_den ? arena.take<T>(kTile * z.Kdp) : f, pd = z.own_den ? arena.take<T>(kTile * z.Kdp) : p;
     v = arena.take<T>(kTile * z.Vp), o = arena.take<T>(kTile * z.Vp);
     den = arena.take<T>(kTile), inverse = arena.take<T>(kTile), d = arena.take<T>(kTile);
-    seen = arena.take<T>(kTile);
+    seen = arena.take<T>(kTile), ones = arena.take<T>(kTile), totals = arena.take<T>(z.Kp);
     f_slopes = p_slopes = u = du = dd = nullptr;
     if (!backward) return;
     f_slopes = arena.take<T>(kTile * z.Kp), p_slopes = arena.take<T>(kTile * z.Kp);
@@ -143,13 +144,15 @@ struct Head {
     if (a.normalize) row_dots(fd, z.Kdp, sums.z, 0, n, z.Kdp, den);
     finish(w, h);
   }
+  // den + eps, stored, and its inverse.
+  void finish_den(const LinearFwd& w, int32_t h) {
+    T* to = static_cast<T*>(w.den) + (b * a.heads + h) * a.n_q + n0;
+    for (int32_t i = 0; i < n; ++i) den[i] += T(a.eps), to[i] = den[i];
+    invert();
+  }
   // o / (den + eps), stored.
   void finish(const LinearFwd& w, int32_t h) {
-    if (a.normalize) {
-      T* to = static_cast<T*>(w.den) + (b * a.heads + h) * a.n_q + n0;
-      for (int32_t i = 0; i < n; ++i) den[i] += T(a.eps), to[i] = den[i];
-      invert();
-    }
+    if (a.normalize) finish_den(w, h);
     unpack_tile(o, z.Vp, a.normalize ? inverse : nullptr, place(w.out, h, z.dim_v));
   }
   void invert() {
@@ -163,6 +166,41 @@ struct Head {
   void add(const Sums<T>& sums) {
     gemm_columns(product<T>(p, z.Kp, v, z.Vp, sums.s, sums.s, z.Vp, &coming.ahead), z.K, n, z.Vp / kLanes<T>);
     if (a.normalize) add_rows<T>(pd, z.Kdp, nullptr, n, z.Kdp, sums.z);
+  }
+
+  // Where tokens are contiguous (NCHW), tiles of keys and queries stay [K][kTile], lanes are tokens, and only
+  // values are transposed.
+  bool keys_by_columns() const {
+    return a.k.stride_n == 1 && a.k.stride_d != 1 && z.dim > 1 && a.constant == 0 && !a.key_mask &&
+           !z.own_den;
+  }
+  bool queries_by_columns(const Strided& out) const {
+    return a.q.stride_n == 1 && a.q.stride_d != 1 && z.dim > 1 && a.constant == 0 && !z.own_den &&
+           out.stride_n == 1 && out.stride_d != 1 && z.dim_v > 1;
+  }
+  int32_t whole_tokens() const { return round_up(n, kLanes<T>); }
+  void load_columns(const Strided& x, int32_t h, FeatureMap map, double param, double factor, T* to) {
+    pack_tile(place(x, h, z.dim).transposed(), to, kTile);
+    map_tile<T>(map, param, factor, to, nullptr, z.dim, n, kTile);
+  }
+  void add_columns(const Sums<T>& sums) {
+    gemm_rows(product<T>(p, kTile, v, z.Vp, sums.s, sums.s, z.Vp, &coming.ahead), z.K, n, z.Vp / kLanes<T>);
+    if (!a.normalize) return;
+    fill(ones, T(1), kTile);
+    row_dots(p, kTile, ones, 0, z.K, whole_tokens(), totals);
+    for (int32_t k = 0; k < z.K; ++k) sums.z[k] += totals[k];
+  }
+  void read_columns(const LinearFwd& w, int32_t h, const Sums<T>& sums) {
+    const int32_t whole = whole_tokens();
+    gemm_columns(product<T>(sums.s, z.Vp, f, kTile, nullptr, o, kTile, &coming.ahead), z.dim_v, z.K,
+                 whole / kLanes<T>);
+    if (a.normalize) {
+      fill(den, T(0), kTile);
+      add_rows<T>(f, kTile, sums.z, z.K, whole, den);
+      finish_den(w, h);
+      for (int32_t d = 0; d < z.dim_v; ++d) multiply_into(o + d * kTile, inverse, whole);
+    }
+    unpack_tile<S, T>(o, kTile, nullptr, place(w.out, h, z.dim_v).transposed());
   }
 
   // r = dout / den in o, for read_gradient.

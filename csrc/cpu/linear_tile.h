@@ -21,6 +21,12 @@ struct Place {
 
   Place(const Strided& x, int64_t b, int64_t n0, int32_t count, int64_t h, int32_t width)
       : data(element<S>(x, b, n0, h)), stride_n(x.stride_n), stride_d(x.stride_d), n(count), dim(width) {}
+  // Channels as rows of tokens.
+  Place transposed() const {
+    Place x = *this;
+    x.stride_n = stride_d, x.stride_d = stride_n, x.n = dim, x.dim = n;
+    return x;
+  }
   bool by_rows() const { return stride_d == 1 || dim == 1; }
   bool by_columns() const { return stride_n == 1 || n == 1; }
 };

@@ -1,4 +1,5 @@
-// Products of bfloat16 pairs (VDPBF16PS: C += a0 * b0 + a1 * b1, float sums, twice the multiply-adds of float).
+// Products of bfloat16 pairs (VDPBF16PS: C += a0 * b0 + a1 * b1, float sums, twice the multiply-adds of
+// float).
 //
 // A row of bfloat16 in memory is already pairs along the head dimension, so scores read K and V in place.
 // Products over keys or queries take operands whose rows were interleaved two by two, and weights (or their

@@ -1,7 +1,7 @@
 // The backward of a block (attend_bwd.cpp) in products of pairs. W is the Backward of bfloat16.
 //
-// After it, ds holds dS as pairs of keys, w.ds_rows [k_most][kBlockQueries / 2] as pairs of queries, and s the
-// weights as pairs of queries, in rows of kBlockQueries floats whose first half is used.
+// After it, ds holds dS as pairs of keys, w.ds_rows [k_most][kBlockQueries / 2] as pairs of queries, and s
+// the weights as pairs of queries, in rows of kBlockQueries floats whose first half is used.
 #pragma once
 #include "pairs.h"
 
@@ -12,8 +12,7 @@ namespace vicinal::VICINAL_ISA {
 inline void store_rounded(float* low, float* high, int32_t c, __m512bh two) {
   const __m512i x = (__m512i)two;
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + c / 2), _mm512_castsi512_si256(x));
-  if (high)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + c / 2), _mm512_extracti64x4_epi64(x, 1));
+  if (high) _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + c / 2), _mm512_extracti64x4_epi64(x, 1));
 }
 
 // A vector of queries: weights and gradients of the scores, rounded; the latter are added to bias_sum before.
@@ -49,12 +48,12 @@ template <class W>
   }
 }
 
-// Element c of every row of rounded elements, from `column`; an even one clears the element after it, so that
-// a missing partner is 0.
+// Element c of every row of rounded elements, from a column in pairs; an even one clears the element after
+// it, so that a missing partner is 0.
 inline void scatter_rounded(const float* column, int32_t count, int32_t c, float* to, int64_t stride) {
   for (int32_t j = 0; j < count; ++j) {
     BFloat16 pair[2] = {{0}, {0}};
-    narrow(column[j], pair);
+    __builtin_memcpy(pair, reinterpret_cast<const char*>(column) + 2 * j, 2);
     __builtin_memcpy(reinterpret_cast<BFloat16*>(to + j * stride) + c, pair, c % 2 ? 2 : 4);
   }
 }
@@ -80,9 +79,9 @@ template <class W>
     store(weights + j, weight), store(gradients + j, weight * (load(gradients + j) - delta));
   }
   for (int32_t j = 0; bias_sum && j < nk; ++j) bias_sum[int64_t(j) * w.q_most + c] += gradients[j];
+  pair_column(weights, padded), pair_column(gradients, padded);
   scatter_rounded(weights, nk, c, w.s, row);
   scatter_rounded(gradients, nk, c, w.ds_rows, row / 2);
-  pair_column(gradients, padded);
   for (int32_t j = 0; j < (nk + 1) / 2; ++j) w.ds[j * row + c] = gradients[j];
 }
 

@@ -102,8 +102,8 @@ void cut_queries(const AttendBwd& p, Tiling t, BwdPlan& plan) {
   const int64_t enough = ceil_div(wanted, blocks * t.parts);
   const int64_t affordable = std::max<int64_t>(1, (int64_t{1} << 26) / (blocks * (entries + scratch)));
   const int64_t per_chunk = ceil_div(windows, std::min({windows, enough, affordable}));
-  plan.chunks = ceil_div(windows, per_chunk);  // none of them empty
-  plan.tables = plan.bias + plan.chunks * blocks * entries;
+  plan.chunks = ceil_div(windows, per_chunk);                              // none of them empty
+  plan.tables = (plan.bias + plan.chunks * blocks * entries + 3) / 4 * 4;  // rows of float2
   plan.partial = plan.tables + plan.chunks * blocks * scratch;
 }
 

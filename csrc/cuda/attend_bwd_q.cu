@@ -37,6 +37,7 @@ __device__ __forceinline__ void add_bias_gradient(const WarpTable& to, const flo
   simt::sync_warp();
   const int32_t code = keys[lane].code;
   const bool extra = keys[lane].region < 0;
+#pragma unroll 1
   for (int i = 0; i < 16; ++i) {
     float value = to.stage[i * kStageStride + lane];
     if (single) {
@@ -64,7 +65,7 @@ __device__ inline void store_tables(float* partial, float* tables, int entries) 
 }
 
 template <class T, int kCols>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kCols <= 32 ? 4 : 1)
     attend_bwd_q_kernel(AttendBwd p, Tiling t, BwdBuffers buffers, int chunks) {
   constexpr int N = kInner / 8, M = kCols / 8;
   const Attend& a = p.a;

@@ -47,7 +47,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[N][4], float (&o)[M][4],
 }
 
 template <class T, int kCols, int kKeys>
-__global__ void __launch_bounds__(kMaxThreads) attend_fwd_kernel(AttendFwd p, Tiling t) {
+__global__ void __launch_bounds__(kMaxThreads, kCols <= 64 ? 4 : 1) attend_fwd_kernel(AttendFwd p, Tiling t) {
   constexpr int N = kKeys / 8, M = kCols / 8;
   const Attend& a = p.a;
   DYN_SMEM(raw);

@@ -34,7 +34,9 @@ class Call:
         acc = tl.float64 if self.acc == torch.float64 else tl.float32
         self.sizes = {"n": self.n, "heads": self.heads, "blocks": self.blocks, "BLOCK_T": TOKENS, "ACC": acc}
         self.dims = {"D": self.dim, "BLOCK_D": power_of_two(self.dim)}
-        self.values = {"size": self.size, "BITS": self.bits, "DV": self.width, "BLOCK_V": power_of_two(self.width)}
+        self.values = {
+            "size": self.size, "BITS": self.bits, "DV": self.width, "BLOCK_V": power_of_two(self.width)
+        }  # fmt: skip
         self.sums = {"offset": float(offset), "SELF": itself}
         count = self.anchors.shape[1]
         self.tables = {
@@ -80,7 +82,7 @@ def backward(
     partial = call.empty(call.pairs, call.blocks, call.size)
     call.run(kernels.hash_bwd_sums_kernel, call.values, call.sums, **given, partial=partial)
     total = partial.sum(1)
-    dx, slopes = call.empty(call.pairs, call.n, call.dim), call.empty(call.pairs, call.blocks)
+    dx, slopes = call.empty(call.pairs, call.n, call.dim), call.empty(call.pairs, call.n)
     written = {"dv": rows(dv), "dx": dx, "slopes": slopes, "total": total, "qk": rows(call.qk)}
     call.run(kernels.hash_bwd_kernel, call.dims, call.values, call.sums, call.tables, **given, **written)
     sigma = state[..., -1].reshape(-1)

@@ -1,7 +1,8 @@
 """Hash attention (csrc/hash.h has the formula): sums of unit vectors; codes and their sums; results; and the
-three passes of the backward. A program is a block of tokens of one sample and head; sums over tokens leave as one
-partial per block. Codes go from one product to the next as packed words, never as the transpose of a result.
-"""
+three passes of the backward.
+
+A program is a block of tokens of one sample and head; sums over tokens leave as one partial per block. Codes
+go from one product to the next as packed words, never as the transpose of a result."""
 
 from typing import Any, NamedTuple
 
@@ -84,7 +85,9 @@ def hash_units_kernel(
 
 
 @triton.jit
-def store_sums(partial, size, of_codes, of_ones, z, BITS: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr):
+def store_sums(
+    partial, size, of_codes, of_ones, z, BITS: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr
+):  # fmt: skip
     """A partial of the state without sigma: [BITS][DV], [DV], [BITS]."""
     bit, column = tl.arange(0, 16), tl.arange(0, BLOCK_V)
     at = partial + tl.program_id(0).to(tl.int64) * size
@@ -197,11 +200,11 @@ def hash_bwd_sums_kernel(
 
 @triton.jit
 def hash_bwd_kernel(
-    qk, v, dout, dv, tables, codes, state, total, dx, slopes, n, heads, blocks, size, offset, SELF: tl.constexpr,
-    BITS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr,
+    qk, v, dout, dv, tables, codes, state, total, dx, slopes, n, heads, blocks, size, offset,
+    SELF: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dv; dx [B * heads, n, D] but for what sigma adds; slopes [B * heads, blocks]: sums of T d."""
+    """dv; dx [B * heads, n, D] but for what sigma adds; slopes [B * heads, n]: sums of T d."""
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     b, h = pair // heads, pair % heads
     token = block * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -227,7 +230,7 @@ def hash_bwd_kernel(
     x, _ = unit_rows(qk, b, h, token, ok, D, BLOCK_D, ACC)
     distance = distances(x, tables, h, D, BLOCK_D, BLOCK_M, ACC)
     slope *= tl.exp(-distance / (2.0 * sigma))
-    tl.store(slopes + tl.program_id(0), tl.sum(tl.sum(slope * distance, 1), 0))
+    tl.store(slopes + pair.to(tl.int64) * n + token, tl.sum(slope * distance, 1), mask=ok)
     at = tables.anchors + (h * tables.count + m[:, None]) * D + d[None, :]
     anchors = tl.load(at, mask=(m < tables.count)[:, None] & (d < D)[None, :], other=0.0)
     found = tl.dot(slope / sigma, anchors, input_precision="ieee", out_dtype=ACC)  # -2 times -1 / 2

@@ -1,4 +1,4 @@
-"""Launches of joint attention. The linear memory is summed in chunks by a kernel, and over chunks by PyTorch."""
+"""Launches of joint attention. A kernel sums the linear memory in chunks of tokens, PyTorch over chunks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tiles import power_of_two
 CHUNK = 512  # tokens of a partial state
 
 # most tokens and columns of a program, and its warps; not timed on a GPU
-TILES = {"half": (64, 64, 4), "tf32": (32, 64, 4), "fp32": (32, 32, 4), "fp64": (16, 16, 4)}
+TILES = {"half": (64, 64, 4), "tf32": (32, 64, 4), "fp32": (32, 32, 8), "fp64": (16, 16, 4)}
 
 
 def matrix(x: Tensor | None) -> kernels.Matrix:
@@ -59,8 +59,8 @@ class Call:
             "ACC": tl.float64 if acc == torch.float64 else tl.float32, "PRECISION": precision,
         }  # fmt: skip
         state_precision = "tf32" if kind in ("half", "tf32") else "ieee"  # tf32 holds 16-bit operands exactly
-        options = {"CAUSAL": o.causal, "LAPLACE": o.activation == "laplace", "STATE_PRECISION": state_precision}
-        self.options = self.constants | options
+        options = {"CAUSAL": o.causal, "LAPLACE": o.activation == "laplace"}
+        self.options = self.constants | options | {"STATE_PRECISION": state_precision}
 
     def run(self, kernel: Any, columns: bool, **args: Any) -> None:
         """One program per block of tokens, and tile of columns if they are divided."""
@@ -105,7 +105,11 @@ def forward(tensors: Sequence[Any], o: Options, outputs: Sequence[Tensor]) -> No
 
 
 def backward(
-    grads: Sequence[Any], saved: Sequence[Tensor], tensors: Sequence[Any], o: Options, results: Sequence[Tensor]
+    grads: Sequence[Any],
+    saved: Sequence[Tensor],
+    tensors: Sequence[Any],
+    o: Options,
+    results: Sequence[Tensor],
 ) -> None:
     dquad_q, dquad_k, dlin_q, dlin_k, dv, du, dbias = results
     v, bias = tensors[4], tensors[6]

@@ -1,9 +1,9 @@
 """Joint attention (csrc/joint.h has the formula): partial states, results, and three backward passes.
 
-Tiles of columns are of v and, at the same places, of u. Every pass recomputes the scores that it needs, in the
-orientation in which it multiplies them: no product takes the transpose of another one's result. A program of the
-results and of the value gradients holds one tile of columns, so the scores are computed once per tile; with 2048
-columns and tiles of 64 that is half as much again as the products with the values.
+Tiles of columns are of v and, at the same places, of u. Every pass recomputes the scores that it needs, in
+the orientation in which it multiplies them: no product takes the transpose of another one's result. A program
+of the results and of the value gradients holds one tile of columns, so the scores are computed once per tile:
+at 2 x 1024 columns, dimension 128 and tiles of 64 that doubles the products with the values.
 """
 
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ def kept(p, b, token, ok):
 
 @triton.jit
 def weights_and_slopes(qk, p, i, j, keep, CAUSAL: tl.constexpr, LAPLACE: tl.constexpr):
-    """A and dA/ds from dot products of queries at i and keys at j of the group, expanded against each other."""
+    """A and dA/ds from the dot products of queries at i and keys at j of the group, expanded."""
     s = qk * p.quad_scale
     if p.bias is not None:
         s += tl.load(p.bias + i.to(tl.int64) * p.group + j, mask=(i < p.group) & (j < p.group), other=0.0)
@@ -115,7 +115,7 @@ def joint_state_kernel(
     HAS_U: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """state [B, chunks, D, width]: per chunk of tokens the sum of left_j X_j^T, X = W or the gradient of O."""
+    """state [B, chunks, D, width]: per chunk of tokens sums of left_j X_j^T; X is W or the gradient of O."""
     b, c = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     d = tl.arange(0, BLOCK_D)[:, None]
     column = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
@@ -236,7 +236,8 @@ def joint_bwd_values_kernel(
     which = b * states + (g if CAUSAL else 0)
     at = dstate + (which.to(tl.int64) * D + d[:, None]) * width + column
     inside = (d < D)[:, None] & (column < DV)
-    of_v += tl.dot(writes, tl.load(at, mask=inside, other=0.0), input_precision=STATE_PRECISION, out_dtype=ACC)
+    memory = tl.load(at, mask=inside, other=0.0)
+    of_v += tl.dot(writes, memory, input_precision=STATE_PRECISION, out_dtype=ACC)
     if HAS_U:
         memory = tl.load(at + DV, mask=inside, other=0.0)
         of_u += tl.dot(writes, memory, input_precision=STATE_PRECISION, out_dtype=ACC)
@@ -257,10 +258,10 @@ def joint_bwd_values_kernel(
 
 @triton.jit
 def joint_bwd_queries_kernel(
-    p, upstream, dquad_q, dlin_q, state, pairs, states, width, blocks, GATE: tl.constexpr, CAUSAL: tl.constexpr,
-    LAPLACE: tl.constexpr, HAS_U: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    STATE_PRECISION: tl.constexpr,
+    p, upstream, dquad_q, dlin_q, state, pairs, states, width, blocks, GATE: tl.constexpr,
+    CAUSAL: tl.constexpr, LAPLACE: tl.constexpr, HAS_U: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, STATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dquad_q and dlin_q of a block of queries; pairs [B * groups, group, group], if there, gets dscores."""
     pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -275,11 +276,12 @@ def joint_bwd_queries_kernel(
     reads = tl.zeros((BLOCK_T, BLOCK_D), ACC)
     for first in range(0, DV, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
-        x, y = load_dout(p, upstream, b, token[:, None], column[None, :], ok[:, None] & (column < DV)[None, :],
-                         GATE, ACC)  # fmt: skip
+        inside = ok[:, None] & (column < DV)[None, :]
+        x, y = load_dout(p, upstream, b, token[:, None], column[None, :], inside, GATE, ACC)
         at = state + (which.to(tl.int64) * D + d[None, :]) * width + column[:, None]
         inside = (d < D)[None, :] & (column < DV)[:, None]
-        reads += tl.dot(x, tl.load(at, mask=inside, other=0.0), input_precision=STATE_PRECISION, out_dtype=ACC)
+        memory = tl.load(at, mask=inside, other=0.0)
+        reads += tl.dot(x, memory, input_precision=STATE_PRECISION, out_dtype=ACC)
         if HAS_U:
             memory = tl.load(at + DV, mask=inside, other=0.0)
             reads += tl.dot(y, memory, input_precision=STATE_PRECISION, out_dtype=ACC)
@@ -338,7 +340,8 @@ def joint_bwd_keys_kernel(
         x = load_at(p.v, b, token[:, None], column[None, :], values).to(ACC)
         at = dstate + (which.to(tl.int64) * D + d[None, :]) * width + column[:, None]
         inside = (d < D)[None, :] & (column < DV)[:, None]
-        writes += tl.dot(x, tl.load(at, mask=inside, other=0.0), input_precision=STATE_PRECISION, out_dtype=ACC)
+        memory = tl.load(at, mask=inside, other=0.0)
+        writes += tl.dot(x, memory, input_precision=STATE_PRECISION, out_dtype=ACC)
         if HAS_U:
             x = load_at(p.u, b, token[:, None], column[None, :], values).to(ACC)
             memory = tl.load(at + DV, mask=inside, other=0.0)

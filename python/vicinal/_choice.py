@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from operator import index
 
 import torch
@@ -13,13 +14,13 @@ from . import _backends
 Key = tuple[str, str, torch.dtype, int, int, tuple[str, ...], int | None]
 
 
-def problem_key(family: str, q: Tensor, v: Tensor, features: tuple[str, ...]) -> Key:
+def problem_key(family: str, q: Tensor, v: Tensor, features: Collection[str]) -> Key:
     """What decides the backend: head dims are the last ones of q and v."""
     arch = None
     if q.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(q.device)
         arch = major * 10 + minor
-    return family, q.device.type, q.dtype, index(q.shape[-1]), index(v.shape[-1]), features, arch
+    return family, q.device.type, q.dtype, index(q.shape[-1]), index(v.shape[-1]), tuple(features), arch
 
 
 def problem_of(key: Key) -> _backends.Problem:

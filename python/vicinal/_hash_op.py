@@ -123,6 +123,10 @@ def _triton_backward(*args: Any) -> None:
     backward(*args)
 
 
+def _no_cuda(device: str) -> str:
+    return "hash attention has no CUDA C++ kernels yet"
+
+
 MISSING = frozenset({"long codes"})
 _backends.register(Row("cpu", "hash", ("cpu",), FLOATS, _backends.have_cpu, missing=MISSING))
 _backends.register(
@@ -138,6 +142,7 @@ _backends.register(
         wrong=frozenset({("cpu", torch.bfloat16)}),  # Triton's interpreter
     )
 )
+_backends.register(Row("cuda", "hash", ("cuda",), FLOATS, _no_cuda, missing=frozenset({"all kernels"})))
 _backends.register(Row("reference", "hash", ("any",), FLOATS, _backends.have_reference))
 define(HASH, "cpu", _forward(_cpu_forward), _backward(_cpu_backward))
 define(HASH, "triton", _forward(_triton_forward), _backward(_triton_backward))

@@ -87,7 +87,8 @@ def _check_options(call: Call) -> None:
         raise TypeError(f"group_size is {group!r}; it must be an int >= 1, or None for all tokens")
     if group is not None and group < 1:
         raise ValueError(f"group_size is {group!r}; it must be an int >= 1, or None for all tokens")
-    flag("is_causal", call.is_causal), flag("gate", call.gate)
+    flag("is_causal", call.is_causal)
+    flag("gate", call.gate)
     if not isinstance(call.activation, str):
         raise TypeError(f"activation is {call.activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
     if call.activation not in ACTIVATIONS:

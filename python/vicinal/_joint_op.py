@@ -180,6 +180,10 @@ def _triton_backward(*args: Any) -> None:
     backward(*args)
 
 
+def _no_cuda(device: str) -> str:
+    return "joint attention has no CUDA C++ kernels yet"
+
+
 WRONG_IN_INTERPRETER = frozenset({("cpu", torch.bfloat16)})
 _backends.register(Row("cpu", "joint", ("cpu",), FLOATS, _backends.have_cpu))
 _backends.register(
@@ -194,6 +198,7 @@ _backends.register(
         wrong=WRONG_IN_INTERPRETER,
     )
 )
+_backends.register(Row("cuda", "joint", ("cuda",), FLOATS, _no_cuda, missing=frozenset({"all kernels"})))
 _backends.register(Row("reference", "joint", ("any",), FLOATS, _backends.have_reference))
 define(JOINT, "cpu", _forward(_cpu_forward), _backward(_cpu_backward))
 define(JOINT, "triton", _forward(_triton_forward), _backward(_triton_backward))

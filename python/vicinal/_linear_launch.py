@@ -34,7 +34,7 @@ def _problem(call: LinearCall) -> Arguments:
     """struct Linear of csrc/linear.h, flat, in the order of csrc/linear_args.h."""
     q, k, v, decay = call.q, call.k, call.v, call.decay
     batch, n_k, heads, dim_v = v.shape
-    strides = (0, 0, 0)
+    strides: tuple[int, ...] = (0, 0, 0)
     if decay is not None:
         strides = (0, 0, decay.stride(0)) if decay.dim() == 1 else decay.stride()
     return (

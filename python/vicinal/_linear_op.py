@@ -189,19 +189,19 @@ def _backward(
         dout, _, dfinal_s, dfinal_z = args[:4]
         tensors, options = args[8 : 8 + n], args[8 + n : -1]
         call = _call(tensors, options)
-        written = _fake_backward(args[4:8], tensors, options, False)
-        wanted = [None if x is None else r for x, r in zip((*tensors[3:6], *tensors[8:]), written[3:])]
+        written: Any = _fake_backward(args[4:8], tensors, options, False)
+        wanted: Any = [None if x is None else r for x, r in zip((*tensors[3:6], *tensors[8:]), written[3:])]
         dq_den, dk_den, ddecay, ds, dz = wanted
-        per_head = ddecay is not None and ddecay.dim() == 1
-        if per_head:
-            ddecay = ddecay.new_empty(call.v.shape[:3])
-        upstream = [None if x is None else x.contiguous() for x in (dfinal_s, dfinal_z)]
-        if not call.normalize:
-            upstream[1] = None
-        grads = LinearGrads(dout, *upstream, *written[:3], dq_den, dk_den, ddecay, ds, dz)
+        per_token = ddecay
+        if ddecay is not None and ddecay.dim() == 1:
+            per_token = ddecay.new_empty(call.v.shape[:3])
+        us = None if dfinal_s is None else dfinal_s.contiguous()
+        uz = None if dfinal_z is None or not call.normalize else dfinal_z.contiguous()
+        dq, dk, dv = written[:3]
+        grads = LinearGrads(dout, us, uz, dq, dk, dv, dq_den, dk_den, per_token, ds, dz)
         launch(call, _results(args[4:8], call.normalize), grads)
-        if per_head:
-            torch.sum(ddecay, (0, 1), out=written[5])
+        if per_token is not None and per_token is not ddecay:
+            torch.sum(per_token, (0, 1), out=written[5])
         return written
 
     return linear_bwd

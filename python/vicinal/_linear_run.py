@@ -118,8 +118,8 @@ def prepare(q: Any, k: Any, v: Any, *, feature_map: Any, initial_state: Any, **o
 
 def problem_key(call: Call) -> Key:
     features = [CHANNEL_DECAY] if call.decay is not None and call.decay.dim() == 4 else []
-    family, device, dtype, _, *rest = shared_key("linear", call.q, call.v, features)
-    return family, device, dtype, index(call.feature_width), *rest
+    key = shared_key("linear", call.q, call.v, features)
+    return (*key[:3], index(call.feature_width), *key[4:])
 
 
 def run(call: Call, backend: str | None) -> tuple[Tensor, LinearState]:

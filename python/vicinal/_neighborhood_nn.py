@@ -83,9 +83,9 @@ class _NeighborhoodAttention(nn.Module):
             [B, *space, embed_dim]
         """
         if x.dim() != self.rank + 2 or x.shape[-1] != self.embed_dim:
-            space = ", ".join(f"L{a + 1}" for a in range(self.rank))
-            raise ValueError(f"x must be [B, {space}, {self.embed_dim}], got {list(x.shape)}")
-        space = x.shape[1:-1]
+            lengths = ", ".join(f"L{a + 1}" for a in range(self.rank))
+            raise ValueError(f"x must be [B, {lengths}, {self.embed_dim}], got {list(x.shape)}")
+        space = tuple(x.shape[1:-1])
         window = self.window(space)
         padding = self._padding(window, space) if self.pad_small_inputs else []
         if any(padding):

@@ -125,7 +125,7 @@ def problem_key(call: Call) -> _choice.Key:
     features = ["dropout"] if call.dropout_p > 0 else []
     if place_bits(call.axes) > PLACE_BITS:
         features.append(LARGE_GRID)
-    return _choice.problem_key("neighborhood", call.q, call.v, tuple(features))
+    return _choice.problem_key("neighborhood", call.q, call.v, features)
 
 
 def run(

@@ -12,7 +12,7 @@ The scatter goes by key, over the queries that read it, so nothing is added atom
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import product
 from math import prod
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ._attend import accumulator
+from ._family import LIBRARY
 from ._neighborhood_plan import AxisNeighborhood
 from .reference_neighborhood import axis_slots
 
@@ -101,7 +102,7 @@ def _kept(x: Tensor, there: Tensor | None) -> Tensor:
 def _scores(q: Tensor, k: Tensor, axes: Axes) -> Tensor:
     """q [B, Nq, H, D], k [B, Nk, Hkv, D] -> [B, Nq, H, S], 0 in holes."""
     grouped, wide = _grouped(q, k.shape[2]), k.to(accumulator(k.dtype))
-    s = q.new_empty(*q.shape[:3], prod(axis.kernel for axis in axes))
+    s = q.new_empty(*q.shape[:3], prod([axis.kernel for axis in axes]))
     for step in forward_steps(axes, q.device):
         key = wide.index_select(1, step.token)[:, :, :, None]
         s[..., step.slot] = _kept((grouped * key).sum(-1), step.there).flatten(2)
@@ -121,7 +122,7 @@ def _gather(w: Tensor, x: Tensor, axes: Axes) -> Tensor:
 def _scatter(w: Tensor, x: Tensor, axes: Axes, kv_heads: int) -> Tensor:
     """w [B, Nq, H, S], x [B, Nq, H, D] -> [B, Nk, kv_heads, D]: heads of a group are summed."""
     weights, wide = _grouped(w, kv_heads), _grouped(x, kv_heads)
-    n_k = prod(axis.length for axis in axes)
+    n_k = prod([axis.length for axis in axes])
     y = wide.new_zeros(w.shape[0], n_k, kv_heads, x.shape[3])
     for step in backward_steps(axes, w.device):
         read = weights[:, step.token, :, :, step.slot].movedim(0, 1)  # [B, Nk, kv heads, group]
@@ -130,61 +131,103 @@ def _scatter(w: Tensor, x: Tensor, axes: Axes, kv_heads: int) -> Tensor:
     return y.to(x.dtype)
 
 
+def encode(axes: Axes) -> str:
+    """The axes as text, a constant to torch.compile."""
+    return " ".join([":".join([str(int(field)) for field in axis]) for axis in axes])
+
+
+@lru_cache(maxsize=256)
+def decode(text: str) -> Axes:
+    found = []
+    for axis in text.split(" "):
+        length, left, right, dilation, stride, causal, shift, q_length = map(int, axis.split(":"))
+        flags = bool(causal), bool(shift)
+        found.append(AxisNeighborhood(length, left, right, dilation, stride, *flags, q_length))
+    return tuple(found)
+
+
+def _define(schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+    name = schema.partition("(")[0]
+    LIBRARY.define(f"{schema} -> Tensor")
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vicinal::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.vicinal, name)
+
+
+scores_op = _define(
+    "neighborhood_slot_scores(Tensor q, Tensor k, str geometry)",
+    lambda q, k, geometry: _scores(q, k, decode(geometry)),
+    lambda q, k, geometry: q.new_empty(*q.shape[:3], prod([a.kernel for a in decode(geometry)])),
+)
+gather_op = _define(
+    "neighborhood_slot_gather(Tensor w, Tensor x, str geometry)",
+    lambda w, x, geometry: _gather(w, x, decode(geometry)),
+    lambda w, x, geometry: x.new_empty(*w.shape[:3], x.shape[3]),
+)
+scatter_op = _define(
+    "neighborhood_slot_scatter(Tensor w, Tensor x, str geometry, int kv_heads)",
+    lambda w, x, geometry, kv_heads: _scatter(w, x, decode(geometry), kv_heads),
+    lambda w, x, geometry, kv_heads: x.new_empty(
+        w.shape[0], prod([a.length for a in decode(geometry)]), kv_heads, x.shape[3]
+    ),
+)
+
+
 class Scores(torch.autograd.Function):
-    """apply(q, k, axes) -> s"""
+    """apply(q, k, geometry) -> s"""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, axes: Axes) -> Tensor:
-        return _scores(q, k, axes)
+    def forward(q: Tensor, k: Tensor, geometry: str) -> Tensor:
+        return scores_op(q, k, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        q, k, ctx.axes = inputs
+        q, k, ctx.geometry = inputs
         ctx.save_for_backward(q, k)
 
     @staticmethod
     def backward(ctx: Any, ds: Tensor) -> Any:
         q, k = ctx.saved_tensors
-        return Gather.apply(ds, k, ctx.axes), Scatter.apply(ds, q, ctx.axes, k.shape[2]), None
+        return Gather.apply(ds, k, ctx.geometry), Scatter.apply(ds, q, ctx.geometry, k.shape[2]), None
 
 
 class Gather(torch.autograd.Function):
-    """apply(w, x, axes) -> y"""
+    """apply(w, x, geometry) -> y"""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(w: Tensor, x: Tensor, axes: Axes) -> Tensor:
-        return _gather(w, x, axes)
+    def forward(w: Tensor, x: Tensor, geometry: str) -> Tensor:
+        return gather_op(w, x, geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        w, x, ctx.axes = inputs
+        w, x, ctx.geometry = inputs
         ctx.save_for_backward(w, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         w, x = ctx.saved_tensors
-        return Scores.apply(dy, x, ctx.axes), Scatter.apply(w, dy, ctx.axes, x.shape[2]), None
+        return Scores.apply(dy, x, ctx.geometry), Scatter.apply(w, dy, ctx.geometry, x.shape[2]), None
 
 
 class Scatter(torch.autograd.Function):
-    """apply(w, x, axes, kv_heads) -> y"""
+    """apply(w, x, geometry, kv_heads) -> y"""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(w: Tensor, x: Tensor, axes: Axes, kv_heads: int) -> Tensor:
-        return _scatter(w, x, axes, kv_heads)
+    def forward(w: Tensor, x: Tensor, geometry: str, kv_heads: int) -> Tensor:
+        return scatter_op(w, x, geometry, kv_heads)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        w, x, ctx.axes, _ = inputs
+        w, x, ctx.geometry, _ = inputs
         ctx.save_for_backward(w, x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         w, x = ctx.saved_tensors
-        return Scores.apply(x, dy, ctx.axes), Gather.apply(w, dy, ctx.axes), None, None
+        return Scores.apply(x, dy, ctx.geometry), Gather.apply(w, dy, ctx.geometry), None, None

@@ -129,14 +129,14 @@ def _hilbert_keys(
 ) -> Tensor:
     batch = _batch_tables(grid, batch_size, 3 * depth, columns, coords.device)._replace(bits=bits)
     packed = keys.pack(coords, batch, NAMES, validate)
-    axes = [coords[:, c].clamp(0, n - 1) for c, n in zip(columns, grid, strict=True)]
+    x, y, z = (coords[:, c].clamp(0, n - 1) for c, n in zip(columns, grid, strict=True))
     if keys.native(coords):
         codes = torch.empty(len(coords), dtype=torch.int64)
-        x, y, z = (a.to(torch.int32).contiguous() for a in axes)
+        x, y, z = (a.to(torch.int32).contiguous() for a in (x, y, z))
         pointers = (x.data_ptr(), y.data_ptr(), z.data_ptr(), codes.data_ptr())
         _C.hilbert_codes(*pointers, len(coords), depth, torch.get_num_threads())
         return packed + codes.to(packed.dtype)
-    return packed + hilbert_codes(*axes, depth).to(packed.dtype)
+    return packed + hilbert_codes(x, y, z, depth).to(packed.dtype)
 
 
 @lru_cache(maxsize=64)
@@ -305,9 +305,9 @@ def trellis_serialized(serialization: Serialization, window: int, shift: int = 0
     k_begin = torch.where(inside, key_ptr[b] + low[b] + centre, k_index.shape[0])
     k_end = torch.where(inside, k_begin + torch.where(several[b], window, m), k_index.shape[0])
     q_ptr = torch.cat([first, first.new_full((1,), rows)])
-    arrays = [x.to(torch.int32) for x in (q_index, k_index, q_ptr, k_begin, k_end)]
+    q, k, ptr, k_begin, k_end = (x.to(torch.int32) for x in (q_index, k_index, q_ptr, k_begin, k_end))
     bound = min(window, rows)
-    return Segments(*arrays, rows, rows, bound, min(window, rows), True, True, True, False, True)
+    return Segments(q, k, ptr, k_begin, k_end, rows, rows, bound, bound, True, True, True, False, True)
 
 
 def octree_groups(serialization: Serialization, size: int, dilation: int = 1) -> Segments:

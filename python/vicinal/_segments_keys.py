@@ -33,10 +33,6 @@ class Runs(NamedTuple):
 
     ptr: Tensor
 
-    @property
-    def count(self) -> int:
-        return self.ptr.shape[0] - 1
-
     def lengths(self) -> Tensor:
         return self.ptr[1:] - self.ptr[:-1]
 

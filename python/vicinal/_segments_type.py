@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -74,11 +74,10 @@ class Segments:
     def to(self, device: torch.device | str) -> Segments:
         """The same segments on another device."""
         names = ("q_index", "k_index", "q_ptr", "k_begin", "k_end")
-        moved = [getattr(self, name).to(device) for name in names]
-        if moved[0].device == self.device:
+        moved = {name: getattr(self, name).to(device) for name in names}
+        if moved["q_index"].device == self.device:
             return self
-        rest = (self.n_q, self.n_k, self.max_q, self.max_k)
-        return Segments(*moved, *rest, self.covers_q, self.covers_k, self.repeats, self.apart, self.monotone)
+        return replace(self, **moved, kept={})
 
 
 def own_keys(index: Tensor, ptr: Tensor, rows: int, longest: int) -> Segments:
@@ -123,6 +122,10 @@ class SegmentGroups:
     @property
     def heads(self) -> int:
         return sum(n for _, n in self.groups)
+
+    def to(self, device: torch.device | str) -> SegmentGroups:
+        """The same groups on another device."""
+        return SegmentGroups([(s.to(device), n) for s, n in self.groups])
 
     def __repr__(self) -> str:
         return f"SegmentGroups({list(self.groups)!r})"
@@ -206,7 +209,7 @@ def derived(
     ones = torch.ones_like(b, dtype=torch.int32)
     read = torch.cumsum(read.index_add_(0, b, ones).index_add_(0, e, -ones), 0)[:-1] > 0
     covers_k = len(torch.unique(k_index[read])) == n_k
-    longest = [int(x.max()) if len(x) else 0 for x in (ptr[1:] - ptr[:-1], end - begin)]
+    most_q, most_k = (int(x.max()) if len(x) else 0 for x in (ptr[1:] - ptr[:-1], end - begin))
     covers_q = int((ptr[1:] - ptr[:-1])[used].sum()) == n_q
     traits = (covers_q, covers_k, repeats, apart, monotone)
-    return Segments(q_index, k_index, ptr, begin, end, n_q, n_k, *longest, *traits)
+    return Segments(q_index, k_index, ptr, begin, end, n_q, n_k, most_q, most_k, *traits)

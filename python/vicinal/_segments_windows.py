@@ -152,9 +152,12 @@ def dsvt_sets(
     keys.positive("set_size", set_size, 0)
     options = (duplicates, validate)
     y = _sorted(coords, grid, batch_size, window, shift, order, (1, 0, 2), *options)
-    x = _sorted(coords, grid, batch_size, window, shift, order, AXES, duplicates, False)
-    ptr = split_evenly(y.windows.ptr, set_size, len(coords))
-    return tuple(own_keys(s.rows.order, ptr, len(coords), set_size) for s in (y, x))  # type: ignore[return-value]
+    ptr = split_evenly(y.windows.ptr, set_size, len(coords))  # windows hold as many voxels in either order
+    made = (tuple(grid), batch_size, tuple(window), tuple(shift))
+    tables, _, _ = _window_tables(*made, AXES, keys.ORDERS[order], coords.device)
+    x = keys.sort(keys.pack(coords, tables, NAMES, False), tables.bits)
+    rows = len(coords)
+    return own_keys(y.rows.order, ptr, rows, set_size), own_keys(x.order, ptr, rows, set_size)
 
 
 def split_evenly(ptr: Tensor, size: int, rows: int) -> Tensor:

@@ -170,10 +170,9 @@ def run_reference(call: Call, compute_dtype: torch.dtype | None = None) -> tuple
     outs, lses, first = [], [], 0
     for s, n in groups:
         last = first + n
-        heads = (x[:, first:last] for x in (q, k, call.v))
-        out, lse = reference.segment_attention(
-            *heads, s, call.scale, _terms(call, first, last), compute_dtype
-        )
+        part = (q[:, first:last], k[:, first:last], call.v[:, first:last])
+        terms = _terms(call, first, last)
+        out, lse = reference.segment_attention(*part, s, call.scale, terms, compute_dtype)
         outs.append(out)
         lses.append(lse)
         first = last

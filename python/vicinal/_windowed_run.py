@@ -95,7 +95,7 @@ def problem_key(call: Call) -> _choice.Key:
     features = [] if call.activation == "softmax" else [call.activation]
     if call.dropout_p > 0:
         features.append("dropout")
-    return _choice.problem_key("windowed", call.q, call.v, tuple(features))
+    return _choice.problem_key("windowed", call.q, call.v, features)
 
 
 def run(

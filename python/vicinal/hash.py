@@ -73,9 +73,8 @@ def hash_attention(
     """
     qk, v, itself, offset = _prepare(qk, v, anchors, weight, mean, numerator, offset)
     heads, acc = qk.shape[2], accumulator(qk.dtype)
-    tables = (x.to(acc) for x in (anchors, weight, mean))
-    ranked = zip(tables, (3, 3, 2), strict=True)
-    tables = tuple((x if x.dim() == rank else x.expand(heads, *x.shape)).contiguous() for x, rank in ranked)
+    ranked = zip((anchors.to(acc), weight.to(acc), mean.to(acc)), (3, 3, 2), strict=True)
+    tables = [(x if x.dim() == rank else x.expand(heads, *x.shape)).contiguous() for x, rank in ranked]
     chosen = choose(_key(qk, v, weight), backend)
     if chosen == "reference":
         with torch.autocast(qk.device.type, enabled=False):

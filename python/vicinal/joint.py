@@ -129,9 +129,15 @@ def prepare(call: Call) -> Call:
     device = call.quad_q.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        names = ("quad_q", "quad_k", "lin_q", "lin_k", "v", "u")
-        given = {name: getattr(call, name) for name in names}
-        call = replace(call, **{name: x if x is None else x.to(dtype) for name, x in given.items()})
+        call = replace(
+            call,
+            quad_q=call.quad_q.to(dtype),
+            quad_k=call.quad_k.to(dtype),
+            lin_q=call.lin_q.to(dtype),
+            lin_k=call.lin_k.to(dtype),
+            v=call.v.to(dtype),
+            u=None if call.u is None else call.u.to(dtype),
+        )
     check.check_call(call)
     return call
 
@@ -146,11 +152,10 @@ def _run_op(call: Call, backend: str, seed: Tensor | None) -> tuple[Tensor, Tens
     bias = None if call.bias is None else call.bias.to(accumulator(call.v.dtype)).contiguous()
     ignored = None if call.key_padding_mask is None else call.key_padding_mask.contiguous()
     wants = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*tensors, bias))
-    scales = (call.quad_scale, call.lin_scale)
-    scales = tuple(None if x is None else float(x) for x in scales)
-    options = (call.group_size or 0, call.is_causal, call.activation, *scales, float(call.dropout_p))
+    scales = (None if x is None else float(x) for x in (call.quad_scale, call.lin_scale))
     keep = call.gate and (wants or torch._C._are_functorch_transforms_active())
-    options = (*options, call.gate, keep)
+    shape = (call.group_size or 0, call.is_causal, call.activation)
+    options = (*shape, *scales, float(call.dropout_p), call.gate, keep)
     out, other, *_ = joint_op(backend, False, options, *tensors, bias, ignored, seed)
     return out, other if call.u is not None and not call.gate else None
 

@@ -16,7 +16,7 @@ from . import _neighborhood_check as check
 from ._attend import flat
 from ._launch import FLOATS
 from ._neighborhood_run import as_neighborhood, geometry_of
-from ._neighborhood_slots import Axes, Gather, Scores
+from ._neighborhood_slots import Axes, Gather, Scores, encode
 from ._neighborhood_types import Kernel, Neighborhood, Size
 from .reference_neighborhood import bias_rows, grid_slots
 
@@ -77,12 +77,12 @@ def neighborhood_scores(
     if bias is not None:
         check.check_bias(bias, q, axes)
     _choose(q, k, backend)
-    s = Scores.apply(flat(q), flat(k), axes)
+    s = Scores.apply(flat(q), flat(k), encode(axes))
     s = s if scale is None or scale == 1 else s * float(scale)
     if bias is not None:
         table = bias.flatten(1).to(s.dtype)
         s = s + table[:, bias_rows(axes).to(s.device)].transpose(0, 1)
-    if not all(axis.shift and not axis.causal for axis in axes):
+    if any(axis.causal or not axis.shift for axis in axes):  # there are holes
         s = s.masked_fill((grid_slots(axes) < 0).to(s.device)[:, None], -torch.inf)
     if extra_k is not None:
         grouped = flat(q).unflatten(2, (k.shape[-2], -1))
@@ -137,12 +137,12 @@ def neighborhood_aggregate(
     neighborhood = as_neighborhood(kernel_size, dilation, stride, is_causal, border)
     axes = _axes("neighborhood_aggregate", neighborhood, weights, v, "weights")
     _check_extra("extra_v", extra_v, v)
-    slots, extra = prod(axis.kernel for axis in axes), 0 if extra_v is None else extra_v.shape[1]
+    slots, extra = prod([axis.kernel for axis in axes]), 0 if extra_v is None else extra_v.shape[1]
     expected = (v.shape[0], *weights.shape[1:-1], slots + extra)
     checks.shape("weights", weights, expected, "[B, *S, heads, slots + extra keys]")
     _choose(weights, v, backend)
     rows = weights.flatten(1, -3)
-    out = Gather.apply(rows[..., :slots], flat(v), axes)
+    out = Gather.apply(rows[..., :slots], flat(v), encode(axes))
     if extra_v is not None:
         grouped = rows[..., slots:].unflatten(2, (v.shape[-2], -1))
         out = out + torch.einsum("bnkge,bekd->bnkgd", grouped, extra_v).flatten(2, 3)

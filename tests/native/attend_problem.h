@@ -118,7 +118,7 @@ struct Problem {
     constexpr int dims[] = {1, 3, 7, 10, 16, 18, 24, 30, 32, 33, 48, 64, 70};
     a.dtype = sizeof(S) == 8 ? kF64 : sizeof(S) == 4 ? kF32 : std::is_same<S, Half>::value ? kF16 : kBF16;
     a.activation = r.chance(0.6) ? kSoftmax : static_cast<Activation>(r.below(4));
-    a.batch = 1 + r.below(2), a.heads = 1 + r.below(3);
+    a.batch = 1 + r.below(2), a.heads = a.kv_heads = 1 + r.below(3);
     a.head_dim = dims[r.below(13)], a.head_dim_v = r.chance(0.5) ? a.head_dim : dims[r.below(13)];
     a.n_q = a.n_k = grid.tokens;
     q = Tensor<S>(a.batch, a.n_q, a.heads, a.head_dim), k = Tensor<S>(a.batch, a.n_k, a.heads, a.head_dim);

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vicinal.compat._unfused import neighborhood_aggregate, neighborhood_scores
 from vicinal.neighborhood import neighborhood_attention
+from vicinal.neighborhood_slots import neighborhood_aggregate, neighborhood_scores
 
 
 def plain(value: Any, default: Any) -> Any:

@@ -22,6 +22,8 @@ __all__ = ["Report", "Row", "accelerate", "restore"]
 _ADAPTER_MODULES = {
     "vicinal.models.swin": "vicinal.drop_in.swin",
     "vicinal.models.cswin": "vicinal.drop_in.cswin",
+    "vicinal.models.ecoformer": "vicinal.drop_in.ecoformer",
+    "vicinal.models.mossformer2": "vicinal.drop_in.mossformer2",
     "vicinal.models.dinat": "vicinal.drop_in.dinat",
     "vicinal.models.dformer": "vicinal.drop_in.dformer",
     "vicinal.models.causal_lm": "vicinal.drop_in.causal_lm",
@@ -31,7 +33,7 @@ _ADAPTER_MODULES = {
     "transformers.models.dinat.modeling_dinat": "vicinal.drop_in.transformers_dinat",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
 }
-FAMILIES = ("windowed", "neighborhood")
+FAMILIES = ("windowed", "neighborhood", "linear")
 
 
 @cache
@@ -55,7 +57,7 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
 
     Args:
         model: any module; it is changed in place unless `dry_run`.
-        families: which families to use, of "windowed" and "neighborhood"; None for all.
+        families: which families to use, of "windowed", "neighborhood" and "linear"; None for all.
         dry_run: only report what would happen.
 
     Returns:

@@ -6,6 +6,10 @@ from vicinal.models.configs import (
     cswin_small,
     cswin_test,
     cswin_tiny,
+    ecoformer_pvt_v2_b0,
+    ecoformer_test,
+    mossformer2,
+    mossformer2_test,
     swin_base,
     swin_small,
     swin_test,
@@ -37,6 +41,8 @@ from vicinal.models.cswin import CSWinConfig, CSWinTransformer
 from vicinal.models.dformer import DFormer, DFormerConfig
 from vicinal.models.dinat import DiNAT, DiNATConfig
 from vicinal.models.dinat_keys import official_dinat_state_dict
+from vicinal.models.ecoformer import EcoFormer, EcoFormerConfig
+from vicinal.models.mossformer2 import MossFormer2, MossFormer2Config
 from vicinal.models.swin import SwinConfig, SwinTransformer
 from vicinal.models.swin_keys import official_state_dict
 
@@ -49,6 +55,10 @@ __all__ = [
     "DFormerConfig",
     "DiNAT",
     "DiNATConfig",
+    "EcoFormer",
+    "EcoFormerConfig",
+    "MossFormer2",
+    "MossFormer2Config",
     "Scope",
     "SwinConfig",
     "SwinTransformer",
@@ -66,8 +76,12 @@ __all__ = [
     "dinat_small",
     "dinat_test",
     "dinat_tiny",
+    "ecoformer_pvt_v2_b0",
+    "ecoformer_test",
     "masformer",
     "meshtron",
+    "mossformer2",
+    "mossformer2_test",
     "nat_base",
     "nat_mini",
     "nat_small",

@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from vicinal.models.cswin import CSWinConfig
+from vicinal.models.ecoformer import EcoFormerConfig
+from vicinal.models.mossformer2 import MossFormer2Config
 from vicinal.models.swin import SwinConfig
 
 __all__ = [
@@ -16,6 +18,10 @@ __all__ = [
     "cswin_small",
     "cswin_test",
     "cswin_tiny",
+    "ecoformer_pvt_v2_b0",
+    "ecoformer_test",
+    "mossformer2",
+    "mossformer2_test",
     "swin_base",
     "swin_small",
     "swin_test",
@@ -96,5 +102,34 @@ def cswin_test(**changes: Any) -> CSWinConfig:
         depths=(1, 1, 1, 1),
         num_heads=(2, 4, 8, 16),
         split_sizes=(1, 2, 2, 2),
+    )
+    return replace(small, **changes)
+
+
+def mossformer2(**changes: Any) -> MossFormer2Config:
+    """MossFormer2 for separation: 512 channels, 24 layers, groups of 256, queries and keys of 128."""
+    return replace(MossFormer2Config(), **changes)
+
+
+def mossformer2_test(**changes: Any) -> MossFormer2Config:
+    """32 channels, two layers, groups of 64, queries and keys of 16, no dropout."""
+    small = MossFormer2Config(dim=32, depth=2, group_size=64, query_key_dim=16, memory_dim=16, dropout=0.0)
+    return replace(small, **changes)
+
+
+def ecoformer_pvt_v2_b0(**changes: Any) -> EcoFormerConfig:
+    """EcoFormer on PVTv2-B0: 32 64 160 256 channels, two blocks a stage, codes of 16 bits, 25 anchors."""
+    return replace(EcoFormerConfig(), **changes)
+
+
+def ecoformer_test(**changes: Any) -> EcoFormerConfig:
+    """Two hashed stages of one block, 32 and 64 channels."""
+    small = EcoFormerConfig(
+        num_classes=10,
+        embed_dims=(32, 64),
+        num_heads=(1, 2),
+        mlp_ratios=(2, 2),
+        depths=(1, 1),
+        hashed_stages=2,
     )
     return replace(small, **changes)

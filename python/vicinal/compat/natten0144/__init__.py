@@ -38,8 +38,6 @@ class _Legacy:
             proj_drop=proj_drop,
             pad_small_inputs=True,
         )
-        if self.follows_input:
-            self.dilation = None
 
     def window(self, space: tuple[int, ...]) -> Neighborhood:
         """With a string as dilation, the widest that fits the shortest axis."""
