@@ -21,8 +21,10 @@ class Arena {
     const uintptr_t begin = base_ + used_, size = static_cast<size_t>(n) * sizeof(T);
     used_ += (size + 127) / 64 * 64;
 #if defined(__SANITIZE_ADDRESS__)
-    if (base_)
+    if (base_) {  // the block may have been carved before
+      __asan_unpoison_memory_region(reinterpret_cast<void*>(begin), size);
       __asan_poison_memory_region(reinterpret_cast<void*>(begin + size), base_ + used_ - begin - size);
+    }
 #endif
     return reinterpret_cast<T*>(begin);
   }
