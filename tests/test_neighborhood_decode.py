@@ -157,7 +157,9 @@ DECODES: list[tuple[type[Exception], str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "words", "changes"), DECODES, ids=lambda x: str(x)[:50])
+@pytest.mark.parametrize(
+    ("error", "words", "changes"), DECODES, ids=lambda x: x if isinstance(x, str) else None
+)
 def test_refused_decodes(error: type[Exception], words: str, changes: dict[str, Any]) -> None:
     given: dict[str, Any] = {"q": rand(2, 1, 4, 8), "cache": cache_of(8), "left": 3}
     refused(error, words, sliding_window_decode, **{**given, **changes})

@@ -71,7 +71,9 @@ FIELDS: list[tuple[type[Exception], str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "words", "fields"), FIELDS, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("error", "words", "fields"), FIELDS, ids=lambda x: x if isinstance(x, str) else None
+)
 def test_fields(error: type[Exception], words: str, fields: dict[str, Any]) -> None:
     refused(error, words, Neighborhood, **fields)
     refused(error, words, call, **fields)
@@ -158,7 +160,9 @@ GRIDS: list[tuple[type[Exception], str, Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "words", "function", "changes"), GRIDS, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("error", "words", "function", "changes"), GRIDS, ids=lambda x: x if isinstance(x, str) else None
+)
 def test_grids(error: type[Exception], words: str, function: Any, changes: dict[str, Any]) -> None:
     refused(error, words, function, **changes)
 
@@ -254,7 +258,9 @@ CALLS: list[tuple[type[Exception], str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "words", "changes"), CALLS, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("error", "words", "changes"), CALLS, ids=lambda x: x if isinstance(x, str) else None
+)
 def test_calls(error: type[Exception], words: str, changes: dict[str, Any]) -> None:
     refused(error, words, call, **changes)
 

@@ -210,7 +210,9 @@ SCORES: list[tuple[type[Exception], str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "words", "changes"), SCORES, ids=lambda x: str(x)[:50])
+@pytest.mark.parametrize(
+    ("error", "words", "changes"), SCORES, ids=lambda x: x if isinstance(x, str) else None
+)
 def test_refused_scores(error: type[Exception], words: str, changes: dict[str, Any]) -> None:
     given: dict[str, Any] = {"q": rand(1, 6, 7, 2, 4), "k": rand(1, 6, 7, 2, 4), "kernel_size": 3}
     refused(error, words, neighborhood_scores, **{**given, **changes})
@@ -227,7 +229,9 @@ AGGREGATES: list[tuple[type[Exception], str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("error", "words", "changes"), AGGREGATES, ids=lambda x: str(x)[:50])
+@pytest.mark.parametrize(
+    ("error", "words", "changes"), AGGREGATES, ids=lambda x: x if isinstance(x, str) else None
+)
 def test_refused_sums(error: type[Exception], words: str, changes: dict[str, Any]) -> None:
     given: dict[str, Any] = {"weights": rand(1, 6, 7, 2, 9), "v": rand(1, 6, 7, 2, 4), "kernel_size": 3}
     refused(error, words, neighborhood_aggregate, **{**given, **changes})

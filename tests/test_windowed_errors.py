@@ -76,7 +76,9 @@ WINDOWS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "words", "fields"), WINDOWS, ids=lambda x: str(x)[:60])
+@pytest.mark.parametrize(
+    ("error", "words", "fields"), WINDOWS, ids=lambda x: x if isinstance(x, str) else None
+)
 def test_windows(error: type[Exception], words: str, fields: dict[str, Any]) -> None:
     refused(error, words, Windows, **fields)
 
