@@ -4,6 +4,10 @@ derivatives.
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ from problems import BY_NAME, TRAINED, make, run, solve
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vicinal import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
+from vicinal import Neighborhood, RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
 
 OPCHECKED = (
     "2d-shift-overhang",
@@ -316,3 +320,16 @@ def test_inputs_are_left_alone(backend: str) -> None:
     for n, t in tensors.items():
         assert torch.equal(t.detach(), before[n])
         assert t._version == versions[n]
+
+
+@pytest.mark.parametrize(
+    "geometry", [Windows(7, shift=3, partition="block"), Neighborhood(7, border="truncate")], ids=str
+)
+def test_pickled_geometry_hashes_like_an_equal_one_in_another_process(geometry: Any) -> None:
+    script = (
+        "import pickle; from vicinal import Neighborhood, Windows;"
+        f"x = pickle.loads({pickle.dumps(geometry)!r}); y = {geometry!r}; "
+        "assert x == y and hash(x) == hash(y)"
+    )
+    for seed in ("1", "2"):
+        subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, check=True)

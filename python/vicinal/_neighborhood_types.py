@@ -7,6 +7,7 @@ from operator import index
 from typing import Any
 
 from . import _neighborhood_check as check
+from ._hashed import HashedOnce
 from ._neighborhood_plan import AxisNeighborhood
 
 Side = tuple[int, int]  # keys left and right of the leader, -1: all
@@ -15,7 +16,7 @@ Size = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Neighborhood:
+class Neighborhood(HashedOnce):
     """Which keys a query reads. Frozen and hashable: make it once, pass it to every call.
 
     Args:
@@ -47,11 +48,9 @@ class Neighborhood:
 
     def __post_init__(self) -> None:
         check.check_neighborhood(self)
-        fields = tuple(getattr(self, name) for name in self.__dataclass_fields__)
-        object.__setattr__(self, "_hash", hash(fields))
+        self.remember_hash()
 
-    def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]
+    __hash__ = HashedOnce.__hash__  # dataclass would replace an inherited one
 
     def __repr__(self) -> str:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from . import _windowed_check as check
 from . import reference
+from ._hashed import HashedOnce
 
 Size = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Windows:
+class Windows(HashedOnce):
     """How a token grid is cut into windows. Frozen and hashable: make it once, pass it to every call.
 
     Args:
@@ -65,11 +66,9 @@ class Windows:
         if self.head_groups is not None:
             groups = tuple((g[0], g[1], g[2] if len(g) == 3 else 0) for g in self.head_groups)
             object.__setattr__(self, "head_groups", groups)
-        fields = tuple(getattr(self, name) for name in self.__dataclass_fields__)
-        object.__setattr__(self, "_hash", hash(fields))
+        self.remember_hash()
 
-    def __hash__(self) -> int:
-        return self._hash  # type: ignore[attr-defined]
+    __hash__ = HashedOnce.__hash__  # dataclass would replace an inherited one
 
     def __repr__(self) -> str:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
