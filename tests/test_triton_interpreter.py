@@ -31,11 +31,13 @@ def test_kernels_quick(dtype: str) -> None:
     run_interpreted(f"quick and {dtype}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_neighborhoods(dtype: str) -> None:
     run_interpreted(f"test_neighborhood and {dtype}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
 def test_segments(dtype: str) -> None:
     run_interpreted(f"test_voxel and {dtype}")
