@@ -202,10 +202,13 @@ class Job:
             "block": max(1, self.call.block_size), "slots_over": int(after != keys), "MASK": self.call.mask,
             "PAIRS": self.pairs, "SUMS_PRECISION": "ieee" if self.kind in ("fp32", "fp64") else "tf32",
         }  # fmt: skip
+        if kernel is not kernels.linear_values_kernel:
+            args["BLOCK_V"] = self.tile.summed
         run(kernel, (parts.count * tiles_of_part * self.heads, columns), args, self.tile)
 
-    def sums(self, s: Tensor, z: Tensor | None) -> Sums:
-        return Sums(s, z, *self.sizes)
+    def whole(self, sums: Pair) -> Sums:
+        """Of whole sequences."""
+        return Sums(*sums, *self.sizes)
 
     def states(self, states: Tensor) -> Sums:
         """Of slots [slots, heads, S and z]."""
@@ -226,9 +229,10 @@ class Job:
         return made
 
     def scan(
-        self, states: Tensor, lines: Lines, keys: bool, initial: Pair, final: Pair, leaving: Tensor | None = None
+        self, states: Tensor, lines: Lines, keys: bool, initial: Pair, final: Pair,
+        leaving: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
-        """Over the parts, in place unless all tokens read the last sums; the dots for the decay's gradient."""
+        """Over the parts, in place unless all read the last sums; the dots for the decay's gradient."""
         parts, (s, z) = self.parts(keys), self.sizes
         blocks = -(-(s + z) // SCANNED)
         dots = None if leaving is None else self.empty(parts.count, self.heads, blocks)
@@ -245,7 +249,7 @@ class Job:
         """The sums that queries read; `final`, if there, is written."""
         states = self.sum_parts(self.lines, True, None)
         self.scan(states, self.lines, True, (self.call.initial_s, self.call.initial_z), final)
-        return self.sums(*final) if self.full else self.states(states)  # type: ignore[arg-type]
+        return self.whole(final) if self.full else self.states(states)
 
 
 def run(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], tile: tiles.LinearTile) -> None:
@@ -256,7 +260,8 @@ def run(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], tile: tiles.Li
 
 def of_denominators(call: LinearCall) -> LinearCall:
     """Sums of fd_i . pd_j: values are 1."""
-    assert call.q_den is not None and call.k_den is not None
+    assert call.q_den is not None
+    assert call.k_den is not None
     ones = torch.ones(1, dtype=accumulator(call.v), device=call.v.device).expand(*call.v.shape[:3], 1)
     s = None if call.initial_z is None else call.initial_z[..., None]
     changed = {"map_q": "identity", "map_k": "identity", "param_q": 0.0, "param_k": 0.0, "normalize": False}
@@ -329,7 +334,7 @@ def differentiate(
     """All gradients of one job."""
     if job.norm != "own":
         final, dfinal, dinitial = (final[0], None), (dfinal[0], None), (dinitial[0], None)
-    entering = job.sums(*final) if job.full else job.enter((None, None))  # type: ignore[arg-type]
+    entering = job.whole(final) if job.full else job.enter((None, None))
     lines = job.lines._replace(den=den, d=d)
     columns = -(-job.width // job.tile.features)
     own_d = job.norm != "" and job.full and columns == 1
@@ -346,7 +351,7 @@ def differentiate(
         made = job.empty(*shape, s), job.empty(*shape, z) if z else None
         dinitial = tuple(m if x is None else x for x, m in zip(dinitial, made))  # type: ignore[assignment]
     dots = job.scan(states, lines, False, dfinal, dinitial, entering.s if ddecay is not None else None)
-    leaving = job.sums(*dinitial) if job.full else job.states(states)  # type: ignore[arg-type]
+    leaving = job.whole(dinitial) if job.full else job.states(states)
     features(job, grads[1], True, dout, leaving, lines, False, slopes[1])
     if grads[2] is not None:
         args = {"out": strided(grads[2]), "raw_den": None, "eps": 0.0, "KEYS": True, "NORM": job.norm}

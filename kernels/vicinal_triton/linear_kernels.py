@@ -1,8 +1,8 @@
-"""Linear attention (csrc/linear.h has the formula): what tokens get from sums and from tokens of their part.
+"""Linear attention (csrc/linear.h has the formula): what tokens get from sums and from their own part.
 
-Forward and backward are three kernels. Each takes a tile of tokens in its *own* role (x makes features, values
-go with them: v for keys, dout for queries), and where pairs of one part see each other loops over tiles of
-tokens in the *other* role:
+Forward and backward are three kernels. Each takes a tile of tokens in its *own* role (of which features are
+made, and which values go with: v for keys, dout for queries), and where pairs of one part see each other
+loops over tiles of tokens in the *other* role:
 
     values    own queries: out and den               own keys: dv
     inner     own queries: d, the gradient of den
@@ -13,9 +13,13 @@ part (linear_sums.py), keys the gradients of the sums that leave it. Without a m
 pairs, and all tokens read the sums of the sequence.
 
 Everything is computed transposed, features or values [.., tokens]: weights of pairs come out of one product
-and go into the next, and Triton 3.4 to 3.7.0 miscompiles such a result on Hopper where it is the left operand,
-because ptxas reuses the registers that a product still reads. As the right operand it goes through shared
-memory. Left operands are loaded, or made of what was loaded.
+and go into the next, and Triton 3.4 to 3.7.0 miscompiles such a result on Hopper where it is the left
+operand, because ptxas reuses the registers that a product still reads. As the right operand it goes through
+shared memory. Left operands are loaded, or made of what was loaded.
+
+Not timed on a GPU. Compiled and dropped: 8 warps on tiles of 64 pairs (the compiler gives rows of pairs to
+warps, so half of them repeat the others' work, at 240 registers), and summing 64 values at a time in
+`features` (168 bytes of stack on sm_80; none at 32).
 
 Numbers: sums over features and tokens in the accumulation type. Operands of pairs are bfloat16 for bfloat16,
 otherwise float32 (as TF32 for float16, whose range neither weights of pairs nor values over denominators
@@ -66,9 +70,9 @@ def pair_factor(own_b, other_b, seen, KEYS: tl.constexpr):
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_values_kernel(
-    own, own_values, other, other_values, out, sums, lines, raw_den, table, own_param: tl.float64, own_scale: tl.float64,
-    own_constant: tl.float64, other_param: tl.float64, other_scale: tl.float64, other_constant: tl.float64,
-    eps: tl.float64, n, heads, group, parts, size, tiles, block, slots_over,
+    own, own_values, other, other_values, out, sums, lines, raw_den, table, own_param: tl.float64,
+    own_scale: tl.float64, own_constant: tl.float64, other_param: tl.float64, other_scale: tl.float64,
+    other_constant: tl.float64, eps: tl.float64, n, heads, group, parts, size, tiles, block, slots_over,
     OWN_PHI: tl.constexpr, OTHER_PHI: tl.constexpr, KEYS: tl.constexpr, MASK: tl.constexpr,
     PAIRS: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, CONST: tl.constexpr, KIND: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, SUMS_PRECISION: tl.constexpr, D: tl.constexpr,
@@ -125,12 +129,16 @@ def linear_values_kernel(
             w = tl.zeros((BLOCK_T, BLOCK_T), ACC)
             for first in range(0, K, BLOCK_K):
                 k = first + tl.arange(0, BLOCK_K)
-                y = features(other, b, shared, other_token[:, None], other_ok[:, None], k[None, :], other_param,
-                             other_scale, other_constant, OTHER_PHI, D, CONST, KIND, ACC)  # fmt: skip
+                y = features(other, b, shared, other_token[:, None], other_ok[:, None], k[None, :],
+                             other_param, other_scale, other_constant, OTHER_PHI, D, CONST, KIND,
+                             ACC)  # fmt: skip
                 x = features(own, b, shared, token[None, :], ok[None, :], k[:, None], own_param, own_scale,
                              own_constant, OWN_PHI, D, CONST, KIND, ACC)  # fmt: skip
                 w += tl.dot(y, x, input_precision=PRECISION, out_dtype=ACC)
-            own_at, other_at = (token - begin)[None, :], (other_token - begin)[:, None]
+            own_at, other_at = (
+                (token - begin).to(tl.int32)[None, :],
+                (other_token - begin).to(tl.int32)[:, None],
+            )
             seen = sees(other_at, own_at, block, MASK) if KEYS else sees(own_at, other_at, block, MASK)
             seen = seen & in_range[None, :] & there[:, None]
             w = tl.where(seen, w, 0.0)
@@ -159,9 +167,9 @@ def linear_values_kernel(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def linear_inner_kernel(
-    own, own_values, other, other_values, sums, lines, table, own_param: tl.float64, own_scale: tl.float64, own_constant: tl.float64,
-    other_param: tl.float64, other_scale: tl.float64, other_constant: tl.float64,
-    n, heads, group, parts, size, tiles, block, slots_over,
+    own, own_values, other, other_values, sums, lines, table, own_param: tl.float64,
+    own_scale: tl.float64, own_constant: tl.float64, other_param: tl.float64, other_scale: tl.float64,
+    other_constant: tl.float64, n, heads, group, parts, size, tiles, block, slots_over,
     OWN_PHI: tl.constexpr, OTHER_PHI: tl.constexpr, MASK: tl.constexpr, PAIRS: tl.constexpr,
     DECAY: tl.constexpr, CONST: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     SUMS_PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -217,7 +225,9 @@ def linear_inner_kernel(
                 g += tl.dot(
                     as_operand(y, KIND), as_operand(x, KIND), input_precision=PRECISION, out_dtype=ACC
                 )
-            seen = sees((token - begin)[None, :], (key - begin)[:, None], block, MASK)
+            seen = sees(
+                (token - begin).to(tl.int32)[None, :], (key - begin).to(tl.int32)[:, None], block, MASK
+            )
             seen = seen & ok[None, :] & there[:, None]
             w = tl.where(seen, w * g, 0.0)
             if DECAY:
@@ -230,9 +240,9 @@ def linear_inner_kernel(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "slopes_step"])
 def linear_features_kernel(
-    own, own_values, other, other_values, out, sums, lines, slopes, table, own_param: tl.float64, own_scale: tl.float64,
-    own_constant: tl.float64, other_param: tl.float64, other_scale: tl.float64, other_constant: tl.float64,
-    n, heads, group, parts, size, tiles, block, slots_over, slopes_step,
+    own, own_values, other, other_values, out, sums, lines, slopes, table, own_param: tl.float64,
+    own_scale: tl.float64, own_constant: tl.float64, other_param: tl.float64, other_scale: tl.float64,
+    other_constant: tl.float64, n, heads, group, parts, size, tiles, block, slots_over, slopes_step,
     OWN_PHI: tl.constexpr, OTHER_PHI: tl.constexpr, OWN_SLOPE: tl.constexpr, KEYS: tl.constexpr,
     MASK: tl.constexpr, PAIRS: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, OWN_D: tl.constexpr,
     CONST: tl.constexpr, KIND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -312,15 +322,19 @@ def linear_features_kernel(
                     g += load_line(lines.d, b, h, heads, n, other_token, there, 0.0)[:, None]
             elif NORM != "":
                 g = g * own_inverse[None, :] + own_d[None, :]
-            own_at, other_at = (token - begin)[None, :], (other_token - begin)[:, None]
+            own_at, other_at = (
+                (token - begin).to(tl.int32)[None, :],
+                (other_token - begin).to(tl.int32)[:, None],
+            )
             seen = sees(other_at, own_at, block, MASK) if KEYS else sees(own_at, other_at, block, MASK)
             seen = seen & in_range[None, :] & there[:, None]
             g = tl.where(seen, g, 0.0)
             if DECAY:
                 other_b = decayed(lines, b, h, heads, n, other_token, begin, there)
                 g *= pair_factor(own_b, other_b, seen, KEYS)
-            y = features(other, b, shared, other_token[None, :], other_ok[None, :], k[:, None], other_param,
-                         other_scale, other_constant, OTHER_PHI, D, CONST, KIND, ACC)  # fmt: skip
+            y = features(other, b, shared, other_token[None, :], other_ok[None, :], k[:, None],
+                         other_param, other_scale, other_constant, OTHER_PHI, D, CONST, KIND,
+                         ACC)  # fmt: skip
             acc += tl.dot(y, as_operand(g, KIND), input_precision=PRECISION, out_dtype=ACC)
 
     acc = tl.where(ok[None, :], acc, 0.0)

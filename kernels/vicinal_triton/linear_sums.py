@@ -8,8 +8,8 @@ from .linear_tokens import as_operand, decayed, features, find_part, inverse_den
 
 @triton.jit(do_not_specialize=["n", "heads", "group", "parts", "size", "slots_over"])
 def linear_state_kernel(
-    own, own_values, sums, lines, table, own_param: tl.float64, own_scale: tl.float64, own_constant: tl.float64,
-    n, heads, group, parts, size, slots_over,
+    own, own_values, sums, lines, table, own_param: tl.float64, own_scale: tl.float64,
+    own_constant: tl.float64, n, heads, group, parts, size, slots_over,
     OWN_PHI: tl.constexpr, KEYS: tl.constexpr, DECAY: tl.constexpr, NORM: tl.constexpr, CONST: tl.constexpr,
     KIND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILES_V: tl.constexpr,
@@ -72,8 +72,8 @@ def load_pair(s, z, at, element, SIZE_S: tl.constexpr, SIZE_Z: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n", "heads", "parts", "size", "slots_over"])
 def linear_scan_kernel(
-    states, leaving, initial_s, initial_z, final_s, final_z, dots, lines, table, firsts, n, heads, parts, size,
-    slots_over, BACKWARD: tl.constexpr, EACH: tl.constexpr, DECAY: tl.constexpr, SIZE_S: tl.constexpr,
+    states, leaving, initial_s, initial_z, final_s, final_z, dots, lines, table, firsts, n, heads, parts,
+    size, slots_over, BACKWARD: tl.constexpr, EACH: tl.constexpr, DECAY: tl.constexpr, SIZE_S: tl.constexpr,
     SIZE_Z: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the parts of one sequence and head, first to last, or last to first for gradients.
@@ -94,7 +94,7 @@ def linear_scan_kernel(
     if EACH:
         slot = first + r + count if BACKWARD else first + r
         tl.store(states + (slot * heads + h) * step + element, running, mask=inside)
-    for i in range(0, count):
+    for i in range(count):
         part = first + count - 1 - i if BACKWARD else first + i
         if DECAY:
             b, _, begin, end = find_part(table, part, parts, size, n)
@@ -144,7 +144,7 @@ def linear_bwd_decay_kernel(
     ok = token < end
     line = (b * heads + h) * n + token
     x = tl.zeros((BLOCK,), ACC)
-    for i in range(0, tiles):
+    for i in range(tiles):
         x += tl.load(of_queries + i * tokens + line, mask=ok, other=0.0)
         x -= tl.load(of_keys + i * tokens + line, mask=ok, other=0.0)
     block = tl.arange(0, BLOCK_DOTS)

@@ -76,21 +76,23 @@ def choose(kernel: str, dtype_class: str, block_d: int, q_slots: int, k_slots: i
 
 
 class LinearTile(NamedTuple):
-    """Of linear attention: tokens, features and values of a program, warps, stages, and tokens of a part."""
+    """Of linear attention: tokens, features and values of a program, values that a sum over values takes at a
+    time, warps, stages, and least tokens of a part."""
 
     tokens: int
     features: int
     values: int
+    summed: int
     warps: int
     stages: int
     part: int
 
 
 LINEAR: dict[str, LinearTile] = {
-    "half": LinearTile(64, 64, 64, 4, 1, 256),
-    "tf32": LinearTile(64, 32, 32, 4, 1, 256),
-    "fp32": LinearTile(32, 32, 32, 4, 1, 128),
-    "fp64": LinearTile(16, 16, 16, 4, 1, 64),
+    "half": LinearTile(64, 64, 64, 32, 4, 1, 256),
+    "tf32": LinearTile(32, 32, 32, 32, 2, 1, 256),
+    "fp32": LinearTile(32, 32, 32, 16, 8, 1, 128),
+    "fp64": LinearTile(16, 16, 16, 16, 4, 1, 64),
 }
 
 
@@ -101,4 +103,5 @@ def choose_linear(dtype_class: str, tokens: int, features: int, values: int) -> 
         tokens=min(most.tokens, power_of_two(tokens)),
         features=min(most.features, power_of_two(features)),
         values=min(most.values, power_of_two(values)),
+        summed=min(most.summed, power_of_two(values)),
     )
