@@ -35,7 +35,7 @@ class AxisTerm(NamedTuple):
     classes: Tensor
 
     @property
-    def count(self) -> int:
+    def width(self) -> int:
         return self.rows.shape[1]
 
 
@@ -82,9 +82,9 @@ def neighborhood_term(axis: AxisNeighborhood, device: torch.device) -> AxisTerm:
     return AxisTerm(rows, torch.arange(axis.length, device=device) // d % kernel)
 
 
-def added_channels(dim: int, terms: Sequence[int]) -> int:
-    """How many channels heads of `dim` get for axes of these counts of classes."""
-    added = sum(terms)
+def added_channels(dim: int, widths: Sequence[int]) -> int:
+    """How many channels heads of `dim` get for axes of these numbers of classes."""
+    added = sum(widths)
     return added + (-(dim + added) % _MULTIPLE if dim % _MULTIPLE == 0 else 0)
 
 
@@ -98,12 +98,12 @@ def axis_channels(
         q_parts, k_parts = [], []
         for a, (table, term) in enumerate(zip(tables, terms, strict=True)):
             q_parts.append((_of_queries(q.to(acc), table.to(acc), term.rows, 1 + a) / scale).to(q.dtype))
-            one_hot = (term.classes[:, None] == torch.arange(term.count, device=k.device)).to(k.dtype)
+            one_hot = (term.classes[:, None] == torch.arange(term.width, device=k.device)).to(k.dtype)
             shape = [1] * k.dim()
             shape[1 + a], shape[-1] = one_hot.shape
             k_parts.append(one_hot.view(shape).expand(*k.shape[:-1], -1))
-        counts = [term.count for term in terms]
-        missing = added_channels(q.shape[-1], counts) - sum(counts)
+        widths = [term.width for term in terms]
+        missing = added_channels(q.shape[-1], widths) - sum(widths)
         if missing:
             q_parts.append(q.new_zeros(*q.shape[:-1], missing))
             k_parts.append(k.new_zeros(*k.shape[:-1], missing))

@@ -20,7 +20,15 @@ def problem_key(family: str, q: Tensor, v: Tensor, features: Collection[str], mo
     if q.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(q.device)
         arch = major * 10 + minor
-    return family, q.device.type, q.dtype, index(q.shape[-1]) + more, index(v.shape[-1]), tuple(features), arch
+    return (
+        family,
+        q.device.type,
+        q.dtype,
+        index(q.shape[-1]) + more,
+        index(v.shape[-1]),
+        tuple(features),
+        arch,
+    )
 
 
 def problem_of(key: Key) -> _backends.Problem:

@@ -173,7 +173,9 @@ def _signature(
 ) -> Any:
     """What decides the checks and the choice of a call with no tensors but q, k, v and a bias; else None."""
     bias, scale, extra_k, extra_v, mask, dropout_p, rel_pos = options
-    if not (extra_k is extra_v is mask is rel_pos is None and type(dropout_p) in (float, int) and dropout_p == 0):
+    if not (
+        extra_k is extra_v is mask is rel_pos is None and type(dropout_p) in (float, int) and dropout_p == 0
+    ):
         return None
     return _settled.key(q, k, v, bias, neighborhood, scale, backend)
 

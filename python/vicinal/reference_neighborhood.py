@@ -109,7 +109,7 @@ def _contextual(q: Tensor, axes: Sequence[AxisNeighborhood], tables: Sequence[Te
         rows = (offset + axis.kernel - 1).clamp(0, 2 * axis.kernel - 2)[flat_rows[:, a]]  # [Nq, K]
         form = "nsd" if table.dim() == 2 else "hnsd"
         made = torch.einsum(f"bnhd,{form}->bnhs", q, table.to(q.dtype)[..., rows.to(q.device), :])
-        before, behind = (prod(x.kernel for x in part) for part in (axes[:a], axes[a + 1 :]))
+        before, behind = (prod([x.kernel for x in part]) for part in (axes[:a], axes[a + 1 :]))
         shape = (*made.shape[:-1], before, axis.kernel, behind)
         total = total + made[..., None, :, None].expand(shape).flatten(-3)
     return total
