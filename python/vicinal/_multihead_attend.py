@@ -53,7 +53,7 @@ RULES: tuple[Rule, ...] = (
     (
         "segments",
         lambda f: f.padding == 0,
-        "no key is known to be padding (only masks on CPUs are looked at)",
+        "no key is known to be padding (masks are read on CPUs alone)",
     ),
     ("segments", lambda f: f.pairs, "attn_mask is given"),
     ("segments", lambda f: f.dropout > 0, "attention weights are dropped"),
@@ -197,7 +197,7 @@ def _windows(p: Problem, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     keys, pairs = p.keys, None if p.pairs is None else check.added(p.pairs, acc).detach()
     same = q.shape[1] == k.shape[1]
     packed = None if p.packed is None else p.samples_first(p.packed)
-    options = (*[None] * 8, None if keys is None else keys.detach(), pairs, "softmax", p.dropout_p)
+    options = (*[None] * 8, None if keys is None else keys.detach(), pairs, "softmax", p.dropout_p, None)
     windows = WHOLE if same else WHOLE_CROSS
     out, lse = _windowed_run.run(q, k, v, packed, windows, options, p.backend, seed)
     return p.samples_first(out), p.samples_first(lse)

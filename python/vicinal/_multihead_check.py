@@ -1,4 +1,4 @@
-"""Arguments of multi-head attention: torch's contract, its exceptions, and messages that name the argument."""
+"""Arguments of multi-head attention: torch's contract and exceptions; messages name the argument."""
 
 from __future__ import annotations
 

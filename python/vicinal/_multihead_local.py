@@ -73,7 +73,8 @@ class _LocalMultiheadAttention(MultiheadAttention):
         space = (n_q,) if grid is None else grid
         if prod(space) != n_q or n_q != n_k:
             raise ValueError(
-                f"query has {n_q} tokens and key {n_k}; {self.what} with grid {grid} needs {prod(space)} of both"
+                f"query has {n_q} tokens and key {n_k}; {self.what} with grid {grid} needs {prod(space)} of "
+                "both"
             )
         return tuple(x.unflatten(1, space) for x in tensors), space
 
@@ -141,7 +142,7 @@ class WindowedMultiheadAttention(_LocalMultiheadAttention):
         return self._flat(p, out, space)
 
     def _mask_of_windows(self, pairs: Tensor, q: Tensor, space: tuple[int, ...]) -> Tensor:
-        """attn_mask [1 or N, 1 or h, L, L] as [N windows, 1 or h, queries, keys]: the pairs in each window."""
+        """attn_mask [1 or N, 1 or h, L, L] as [N windows, 1 or h, queries, keys]: pairs of each window."""
         if pairs.requires_grad:
             raise NotImplementedError("attn_mask requires grad; windowed attention has no gradient for it")
         if self.windows.head_groups is not None:
@@ -159,7 +160,8 @@ class WindowedMultiheadAttention(_LocalMultiheadAttention):
 class NeighborhoodMultiheadAttention(_LocalMultiheadAttention):
     __doc__ = f"""Multi-head attention of every token to a neighborhood of it, in torch's slots.
 
-    out_proj(neighborhood_attention(q, k, v, neighborhood)); tokens are the grid row by row, last axis fastest.
+    out_proj(neighborhood_attention(q, k, v, neighborhood)); tokens are the grid row by row, last axis
+    fastest.
     With a causal neighborhood the causal attn_mask and hint of decoder layers are accepted, and any other
     attn_mask raises.
 
@@ -217,8 +219,8 @@ class NeighborhoodMultiheadAttention(_LocalMultiheadAttention):
 def _refuse_pairs(p: Problem, causal: bool, what: str) -> None:
     if p.pairs is not None and not (causal and p.causal):
         raise NotImplementedError(
-            f"attn_mask is given; {what} takes it only where it is causal, with is_causal=True, and so is the "
-            "module"
+            f"attn_mask is given; {what} takes it only where it is causal, with is_causal=True, and so is "
+            "the module"
         )
 
 

@@ -113,7 +113,7 @@ def _forward(*args: Any) -> Tensor:
         if not options[1]:
             out[..., :keys] = p
             continue
-        total = p.sum(1) if h.start == 0 else total + p.sum(1)  # all heads, or those of one sample in turn
+        total = p.sum(1) if h.start == 0 else total + p.sum(1)  # noqa: F821 of the heads before
         if h.stop == heads:
             out[..., :keys] = total / heads
     return weights

@@ -17,7 +17,8 @@ def _nothing_against(module: Any) -> str | None:
 class Adapter:
     """A class of a library and the subclass of it that calls vicinal.
 
-    `reason_against(module)` says why one instance cannot be replaced, or returns None.
+    `reason_against(module)` says why one instance cannot be replaced, or returns None. `holds`: it is
+    replaced only where a module in it became one of this class, and those have rows of their own.
     """
 
     family: str
@@ -25,6 +26,7 @@ class Adapter:
     accelerated: type[nn.Module]
     what: str
     reason_against: Callable[[Any], str | None] = _nothing_against
+    holds: type[nn.Module] | None = None
 
 
 @dataclass(frozen=True)
