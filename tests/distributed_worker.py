@@ -14,6 +14,7 @@ from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -237,6 +238,39 @@ def case_neighborhood_of_one_row_each() -> None:
     ranks = dist.get_world_size()
     lengths = [1] * (ranks - 1) + [9]
     neighborhood(Neighborhood(3, dilation=2), (sum(lengths), 7), 0, lengths)
+
+
+def case_bytes_sent() -> None:
+    """The cost model of the documentation, in bytes that leave this rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rows, width, row_bytes = 8, 5, 2 * 6 * 8  # heads x head dim x float64
+    q = random(1, rows, width, 2, 6).requires_grad_()
+    sides = (rank > 0) + (rank < ranks - 1)
+    halo = 2 * 3 * width * row_bytes * sides  # k and v, 7 // 2 rows a side
+    call = distributed.neighborhood_attention
+    assert sent(lambda: call(q, q, q, (7, 3)).sum().backward()) == [halo, halo]  # type: ignore[union-attr]
+    window = Windows((4, 5), shift=(1, 0))
+    ring = 4 * width * row_bytes  # a row of q, k and v one way, a row of the output the other
+    shifted = distributed.windowed_attention
+    assert sum(sent(lambda: shifted(q, q, q, window).sum().backward())) == 2 * ring  # type: ignore[union-attr]
+    state = random(1, rows, 2, 6).requires_grad_()
+    causal = distributed.linear_attention
+    assert not sum(sent(lambda: causal(state, state, state, is_causal=True).sum().backward()))
+
+
+def sent(run: Callable[[], None]) -> list[int]:
+    """Bytes that leave this rank point to point, by transfer of a tensor or more: forward, backward."""
+    found: list[int] = []
+
+    def counted(operations: list[dist.P2POp]) -> list[dist.Work]:
+        out = [o.tensor.numel() * o.tensor.element_size() for o in operations if o.op is dist.isend]
+        found.append(sum(out))
+        return dist.batch_isend_irecv(operations)
+
+    with patch("vicinal.distributed._exchange.batch", counted):
+        run()
+    half = len(found) // 2
+    return [sum(found[:half]), sum(found[half:])]
 
 
 def case_neighborhood_padding_mask() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import batch_isend_irecv as batch
 
 Range = tuple[int, int]
 Layout = tuple[tuple[Range, ...], ...]  # per rank: ranges of rows of the whole, in the order of its tensor
@@ -82,7 +83,7 @@ def _transfer(buffers: Sequence[Tensor], received: Sequence[Tensor], rank: int, 
             operations.append(dist.P2POp(dist.irecv, received[r], peer, group))
         if buffers[r].numel():
             operations.append(dist.P2POp(dist.isend, buffers[r], peer, group))
-    for work in dist.batch_isend_irecv(operations) if operations else ():
+    for work in batch(operations) if operations else ():
         work.wait()
 
 
