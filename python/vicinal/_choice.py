@@ -14,13 +14,21 @@ from . import _backends
 Key = tuple[str, str, torch.dtype, int, int, tuple[str, ...], int | None]
 
 
-def problem_key(family: str, q: Tensor, v: Tensor, features: Collection[str]) -> Key:
-    """What decides the backend: head dims are the last ones of q and v."""
+def problem_key(family: str, q: Tensor, v: Tensor, features: Collection[str], more: int = 0) -> Key:
+    """What decides the backend: head dims are the last ones of q and v. more: channels that q and k get."""
     arch = None
     if q.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(q.device)
         arch = major * 10 + minor
-    return family, q.device.type, q.dtype, index(q.shape[-1]), index(v.shape[-1]), tuple(features), arch
+    return (
+        family,
+        q.device.type,
+        q.dtype,
+        index(q.shape[-1]) + more,
+        index(v.shape[-1]),
+        tuple(features),
+        arch,
+    )
 
 
 def problem_of(key: Key) -> _backends.Problem:
