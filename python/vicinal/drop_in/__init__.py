@@ -195,12 +195,12 @@ def _unknown(module: nn.Module, originals: tuple[type, ...]) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         name = str(getattr(module, "original_name", ""))
         return "it is scripted; accelerate it before" if "attention" in name.lower() else None
+    looks = "attention" in cls.__name__.lower() or cls.__name__.lower().endswith("attn")
+    if looks and cls.__module__.startswith(("vicinal.compat", "vicinal.nn", "vicinal._")):
+        return "it is vicinal's own"
     if parametrize.is_parametrized(module) and isinstance(module, originals):
         return "it has parametrizations, which are a class of their own: register them afterwards"
     if isinstance(module, originals):
         base = next(base for base in cls.__mro__ if base in originals)
         return f"a subclass of {base.__module__}.{base.__qualname__} may compute something else"
-    if "attention" in cls.__name__.lower() or cls.__name__.lower().endswith("attn"):
-        own = cls.__module__.startswith(("vicinal.compat", "vicinal.nn", "vicinal._"))
-        return "it is vicinal's own" if own else f"no adapter for {cls.__module__}.{cls.__qualname__}"
-    return None
+    return f"no adapter for {cls.__module__}.{cls.__qualname__}" if looks else None
