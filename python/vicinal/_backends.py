@@ -212,8 +212,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         >>> vicinal.explain(vicinal.windowed_attention, q, k, v, 7, backend="reference").backend
         'reference'
     """
-    if isinstance(found := getattr(function, "explain", None), Callable):  # type: ignore[arg-type]
-        explanation = found(*args, **kwargs)
+    own = getattr(function, "explain", None)
+    if own is not None:
+        explanation = own(*args, **kwargs)
         assert isinstance(explanation, Explanation)
         return explanation
     if function not in _explainers:

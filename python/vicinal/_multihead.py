@@ -19,7 +19,7 @@ __all__ = ["MultiheadAttention"]
 WEIGHTS = ("on_request", "never")
 
 
-def project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+def project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Any, ...]:
     """q, k, v [.., heads, head_dim] and the packed tensor [.., 3, heads, head_dim] behind them, or None.
 
     One product for consecutive arguments that are one tensor.
@@ -100,7 +100,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         self.weights = weights
         self.backend = backend
 
-    @property  # type: ignore[override]
+    @property
     def _qkv_same_embed_dim(self) -> bool:
         """False to torch's encoder layers, which would otherwise take the parameters and never call forward.
 

@@ -189,8 +189,9 @@ class NeighborhoodMultiheadAttention(_LocalMultiheadAttention):
         **named: Any,
     ) -> None:
         super().__init__(*args, backend=backend, **named)
-        given = isinstance(neighborhood, Neighborhood)
-        self.neighborhood = neighborhood if given else Neighborhood(neighborhood)  # type: ignore[arg-type]
+        self.neighborhood = (
+            neighborhood if isinstance(neighborhood, Neighborhood) else Neighborhood(neighborhood)
+        )
         self.grid = _checked_grid(grid)
 
     def _attend(self, p: Problem, **geometry: Any) -> tuple[Tensor, Tensor | None]:

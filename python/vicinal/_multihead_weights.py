@@ -105,6 +105,7 @@ def _kept(seed: Tensor, dropout_p: float, q: Tensor, slots: int, n: slice, h: sl
 def _forward(*args: Any) -> Tensor:
     tensors, options = args[: len(TENSORS)], args[len(TENSORS) :]
     weights, heads = _fake_forward(tensors, options), tensors[0].shape[2]
+    parts: list[Tensor] = []  # the sum over the heads of a sample so far
     for n, h, keys in _tiles(tensors):
         tile = _Tile(tensors, options, n, h, keys)
         p = tile.p if tile.kept is None else tile.p.mul_(tile.kept)
@@ -113,9 +114,9 @@ def _forward(*args: Any) -> Tensor:
         if not options[1]:
             out[..., :keys] = p
             continue
-        total = p.sum(1) if h.start == 0 else total + p.sum(1)  # noqa: F821 of the heads before
+        parts = [p.sum(1)] if h.start == 0 else [parts[0] + p.sum(1)]
         if h.stop == heads:
-            out[..., :keys] = total / heads
+            out[..., :keys] = parts[0] / heads
     return weights
 
 

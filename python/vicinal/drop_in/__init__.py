@@ -36,8 +36,11 @@ _ADAPTER_MODULES = {
     "vicinal.models.lra": "vicinal.drop_in.lra",
     "natten.modules": "vicinal.drop_in.natten_modules",
     "timm.models.swin_transformer": "vicinal.drop_in.timm_swin",
+    "timm.models.efficientvit_mit": "vicinal.drop_in.timm_efficientvit_mit",
+    "torch_geometric.nn": "vicinal.drop_in.geometric_gps",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
     "transformers.models.dinat.modeling_dinat": "vicinal.drop_in.transformers_dinat",
+    "transformers.models.mamba2.modeling_mamba2": "vicinal.drop_in.transformers_mamba2",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
 }
 FAMILIES = ("windowed", "neighborhood", "linear", "voxel", "multihead")
@@ -57,9 +60,9 @@ def _adapters() -> Iterator[Adapter]:
 def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_run: bool = False) -> Report:
     """Replace the attention of every module that is recognised, in place.
 
-    Known are torch's nn.MultiheadAttention, the blocks of vicinal's own reference models, of Swin in timm,
-    torchvision and transformers, of
-    Dinat in transformers, and the modules of natten from 0.20 on.
+    Known are torch's nn.MultiheadAttention; vicinal's own reference models; Swin in timm, torchvision and
+    transformers; EfficientViT's linear attention in timm; Dinat and the Mamba-2 mixer in transformers; the
+    global attention of GPS in torch_geometric; the modules of natten from 0.20 on.
     A block computes the same function as before, with one fused operation in the place of roll, pad,
     partition, mask and softmax.
 
@@ -97,41 +100,28 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
 
 def _planned(model: nn.Module, asked: tuple[str, ...]) -> tuple[list[Row], list[tuple[nn.Module, type]]]:
     """What the walk says of each module, and the classes to give."""
-    adapters = tuple(_adapters())
-    by_original = {adapter.original: adapter for adapter in adapters}
-    accelerated = {adapter.accelerated for adapter in adapters}
-    around = {adapter.accelerated for adapter in adapters if adapter.holds is not None}
-    rows: list[Row | None] = []
+    by_original = {adapter.original: adapter for adapter in _adapters()}
+    by_accelerated = {adapter.accelerated: adapter for adapter in _adapters()}
+    rows: list[Row] = []
     changes: list[tuple[nn.Module, type]] = []
-    becomes: dict[nn.Module, type] = {}
-    waiting: list[tuple[int, str, nn.Module, Adapter]] = []  # modules that change if one in them does
     inside: set[nn.Module] = set()  # parts of modules that have their row
     for name, module in model.named_modules():
         if module in inside:
             continue
         cls = type(module)
         adapter = by_original.get(cls)
-        if adapter is not None and adapter.holds is not None:
-            waiting.append((len(rows), name, module, adapter))
-            rows.append(None)
-        elif adapter is not None:
-            inside.update(module.modules())
+        if adapter is not None and adapter.applies(module):
+            inside.update(adapter.covers(module))
             refusal = _refusal(adapter, module, asked)
             rows.append(Row(name, cls, None if refusal else adapter.accelerated, refusal or adapter.what))
             if not refusal:
                 changes.append((module, adapter.accelerated))
-                becomes[module] = adapter.accelerated
-        elif cls in accelerated:
-            if cls not in around:
-                inside.update(module.modules())
+        elif cls in by_accelerated:
+            inside.update(by_accelerated[cls].covers(module))
             rows.append(Row(name, cls, None, "it is accelerated already"))
-        elif reason := _unknown(module, tuple(by_original)):
+        elif adapter is None and (reason := _unknown(module, tuple(by_original))):
             rows.append(Row(name, cls, None, reason))
-    for at, name, module, adapter in waiting:
-        if any(adapter.holds in (type(m), becomes.get(m)) for m in module.modules()):
-            rows[at] = Row(name, adapter.original, adapter.accelerated, adapter.what)
-            changes.append((module, adapter.accelerated))
-    return [row for row in rows if row is not None], changes
+    return rows, changes
 
 
 def _change(changes: list[tuple[nn.Module, type]]) -> None:

@@ -18,13 +18,25 @@ class FusedTransformerEncoder(nn.TransformerEncoder):
     """torch's encoder, which otherwise packs padded batches into NestedTensors for its fused layers."""
 
     @property
-    def use_nested_tensor(self) -> bool:  # type: ignore[override]
+    def use_nested_tensor(self) -> bool:
         """False; the value that the encoder was made with stays in __dict__, for the class without this."""
         return False
 
     @use_nested_tensor.setter
     def use_nested_tensor(self, value: bool) -> None:
         self.__dict__["use_nested_tensor"] = value
+
+
+def _holds_ours(encoder: Any) -> bool:
+    """Whether a module in the encoder is accelerated, or can be."""
+    return any(
+        type(m) is FusedMultiheadAttention or (type(m) is nn.MultiheadAttention and not _reason_against(m))
+        for m in encoder.modules()
+    )
+
+
+def _itself(encoder: nn.Module) -> tuple[nn.Module]:
+    return (encoder,)
 
 
 def _reason_against(module: Any) -> str | None:
@@ -46,6 +58,7 @@ ADAPTERS = (
         nn.TransformerEncoder,
         FusedTransformerEncoder,
         "no NestedTensors",
-        holds=FusedMultiheadAttention,
+        applies=_holds_ours,
+        covers=_itself,
     ),
 )
