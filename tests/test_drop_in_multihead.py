@@ -43,7 +43,7 @@ def classes(model: nn.Module) -> list[type]:
 
 
 def test_exact_instances_are_swapped_and_put_back() -> None:
-    model = nn.ModuleDict({"known": Block(), "special": Special(C, H), "own": MultiheadAttention(C, H)})
+    model: Any = nn.ModuleDict({"known": Block(), "special": Special(C, H), "own": MultiheadAttention(C, H)})
     before, state = classes(model), dict(model.state_dict(keep_vars=True))
     x = torch.randn(2, 5, C)
     expected = model["known"](x)
@@ -79,7 +79,7 @@ def test_nothing_to_swap_is_an_empty_report() -> None:
 
 def test_what_is_no_module_or_scripted_is_refused() -> None:
     with pytest.raises(TypeError, match="model is a dict; it must be a torch"):
-        vicinal.accelerate({"a": Block()})  # type: ignore[arg-type]
+        vicinal.accelerate({"a": Block()})
     scripted = torch.jit.script(nn.MultiheadAttention(C, H))
     for function in (vicinal.accelerate, vicinal.restore):
         with pytest.raises(ValueError, match="model is scripted; accelerate it before"):
@@ -125,16 +125,16 @@ class Doubled(nn.Module):
 
 
 def test_parametrizations_before_and_after() -> None:
-    model = Block()
-    parametrize.register_parametrization(model.attn, "in_proj_weight", Doubled())
-    report = vicinal.accelerate(model)
+    single = Block()
+    parametrize.register_parametrization(single.attn, "in_proj_weight", Doubled())
+    report = vicinal.accelerate(single)
     assert not report.replaced
     assert [row.note.startswith("it has parametrizations") for row in report.left_alone] == [True]
-    model = nn.Sequential(Block(), redraw(Block()))
+    model: Any = nn.Sequential(Block(), redraw(Block()))
     x = torch.randn(2, 5, C)
     vicinal.accelerate(model)
     parametrize.register_parametrization(model[1].attn, "in_proj_weight", Doubled())
-    doubled = redraw(Block())
+    doubled: Any = redraw(Block())
     with torch.no_grad():
         doubled.attn.in_proj_weight.mul_(2)
     assert (model[1](x) - doubled(x)).abs().max() < 1e-5
@@ -199,7 +199,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(monkeypatch: pytest.Monk
 
 
 def test_copies_stay_accelerated_and_load_state_dicts() -> None:
-    model = redraw(Block())
+    model: Any = redraw(Block())
     fast = copy.deepcopy(model)
     vicinal.accelerate(fast)
     twin = copy.deepcopy(fast)

@@ -83,10 +83,9 @@ def test_attributes_are_torchs() -> None:
 
 
 def test_without_bias_neither_projection_has_one() -> None:
-    ours = MultiheadAttention(8, 2, bias=False, add_bias_kv=True)
-    assert ours.in_proj_bias is None
-    assert ours.out_proj.bias is None
-    assert ours.bias_k.shape == ours.bias_v.shape == (1, 1, 8)
+    state = MultiheadAttention(8, 2, bias=False, add_bias_kv=True).state_dict()
+    assert list(state) == ["in_proj_weight", "bias_k", "bias_v", "out_proj.weight"]
+    assert state["bias_k"].shape == state["bias_v"].shape == (1, 1, 8)
 
 
 def test_copies_pickles_and_changes_of_class() -> None:
@@ -103,9 +102,9 @@ def test_copies_pickles_and_changes_of_class() -> None:
     assert not list(ours.buffers())
     theirs.__class__ = MultiheadAttention
     assert torch.equal(theirs(x, x, x)[0], expected)
-    assert not theirs._qkv_same_embed_dim
+    assert not getattr(theirs, "_qkv_same_embed_dim")  # noqa: B009
     theirs.__class__ = nn.MultiheadAttention
-    assert theirs._qkv_same_embed_dim
+    assert getattr(theirs, "_qkv_same_embed_dim")  # noqa: B009
     assert not differences({"out": theirs(x, x, x)[0]}, {"out": expected}, 1e-5)
 
 
@@ -382,8 +381,8 @@ def test_dropout_is_of_weights_only_in_training_and_reproducible() -> None:
 def test_added_keys_are_never_masked(extra: str, need_weights: bool) -> None:
     ours, theirs = pair(8, 2, batch_first=True, dtype=torch.float64, **{extra: True})
     x, hidden = _x(2, 4, 8).double(), torch.ones(2, 4).bool()
-    for call in ({"key_padding_mask": hidden}, {"attn_mask": torch.ones(4, 4).bool()}):
-        call["need_weights"] = need_weights
+    for masking in ({"key_padding_mask": hidden}, {"attn_mask": torch.ones(4, 4).bool()}):
+        call = {**masking, "need_weights": need_weights}
         expected = outputs_and_gradients(theirs, (x, x, x), call)
         assert not differences(outputs_and_gradients(ours, (x, x, x), call), expected, 1e-12)
 

@@ -25,7 +25,7 @@ def masks(kind: str, n: int, n_q: int, n_k: int, heads: int, need_weights: bool)
     hidden = padding(n, n_k)
     free = torch.randn(n * heads, n_q, n_k, dtype=torch.float64)
     added = torch.zeros(n, n_k, dtype=torch.float64).masked_fill(hidden, HIDE)
-    return {
+    calls: dict[str, dict[str, Any]] = {
         "none": {},
         "bool keys": {"key_padding_mask": hidden},
         "float keys": {"key_padding_mask": added},
@@ -35,7 +35,8 @@ def masks(kind: str, n: int, n_q: int, n_k: int, heads: int, need_weights: bool)
         "pairs by head": {"attn_mask": free},
         "keys and pairs": {"key_padding_mask": hidden, "attn_mask": _causal(n_q, n_k)},
         "hint": {"attn_mask": _causal(n_q, n_k), "is_causal": n_q == n_k or need_weights},
-    }[kind]
+    }
+    return calls[kind]
 
 
 KINDS = (

@@ -27,7 +27,7 @@ from vicinal.nn import (
 N, L, C, H = 2, 12, 16, 4
 
 
-def _encoder(norm_first: bool, layers: int = 2) -> nn.TransformerEncoder:
+def _encoder(norm_first: bool, layers: int = 2) -> Any:
     layer = nn.TransformerEncoderLayer(C, H, 32, 0.0, batch_first=True, norm_first=norm_first)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -262,8 +262,11 @@ def test_windows_take_the_part_of_a_mask_that_is_inside_them(by_head: bool) -> N
 
 @pytest.mark.parametrize("name", ["windowed", "neighborhood"])
 def test_added_keys_are_seen_from_every_window(name: str) -> None:
-    kinds = {"windowed": WindowedMultiheadAttention, "neighborhood": NeighborhoodMultiheadAttention}
-    geometry = {"windowed": {"windows": -1}, "neighborhood": {"neighborhood": L}}
+    kinds: dict[str, Any] = {
+        "windowed": WindowedMultiheadAttention,
+        "neighborhood": NeighborhoodMultiheadAttention,
+    }
+    geometry: dict[str, Any] = {"windowed": {"windows": -1}, "neighborhood": {"neighborhood": L}}
     options = {"batch_first": True, "add_bias_kv": True, "add_zero_attn": True}
     ours = redraw(kinds[name](C, H, **options, **geometry[name])).double()
     theirs = nn.MultiheadAttention(C, H, **options, dtype=torch.float64)
@@ -304,12 +307,13 @@ def test_what_local_modules_refuse() -> None:
 @pytest.mark.parametrize("masking", ["none", "keys", "weights", "pairs"])
 def test_compiles_in_one_graph(masking: str) -> None:
     ours, _ = pair(C, H, batch_first=True)
-    call: dict[str, Any] = {
+    calls: dict[str, dict[str, Any]] = {
         "none": {"need_weights": False},
         "keys": {"key_padding_mask": padding(N, L), "need_weights": False},
         "weights": {"key_padding_mask": padding(N, L)},
         "pairs": {"attn_mask": torch.randn(L, L), "need_weights": False},
-    }[masking]
+    }
+    call = calls[masking]
     x = torch.randn(N, L, C)
     expected = outputs_and_gradients(ours, (x, x, x), call)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
@@ -400,5 +404,5 @@ def test_state_is_not_written_in_forward_and_isinstance_holds() -> None:
     vicinal.accelerate(model)
     vicinal.restore(model)
     assert type(model["a"]) is nn.MultiheadAttention
-    model["a"].qconfig = None
+    model["a"].qconfig = None  # type: ignore[assignment]
     assert isinstance(Quantizable.from_float(model["a"]), Quantizable)
