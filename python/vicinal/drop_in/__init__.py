@@ -29,7 +29,16 @@ _ADAPTER_MODULES = {
     "vicinal.models.causal_lm": "vicinal.drop_in.causal_lm",
     "natten.modules": "vicinal.drop_in.natten_modules",
     "timm.models.swin_transformer": "vicinal.drop_in.timm_swin",
+    "timm.models.swin_transformer_v2_cr": "vicinal.drop_in.timm_swin_cr",
+    "timm.models.maxxvit": "vicinal.drop_in.timm_maxxvit",
+    "timm.models.hiera": "vicinal.drop_in.timm_hiera",
+    "timm.models.efficientvit_msra": "vicinal.drop_in.timm_efficientvit",
+    "timm.models.davit": "vicinal.drop_in.timm_davit",
+    "timm.models.twins": "vicinal.drop_in.timm_twins",
+    "timm.models.levit": "vicinal.drop_in.timm_levit",
+    "timm.models.efficientformer": "vicinal.drop_in.timm_efficientformer",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
+    "torchvision.models.video.swin_transformer": "vicinal.drop_in.torchvision_swin3d",
     "transformers.models.dinat.modeling_dinat": "vicinal.drop_in.transformers_dinat",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
 }
@@ -50,8 +59,8 @@ def _adapters() -> Iterator[Adapter]:
 def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_run: bool = False) -> Report:
     """Replace the attention of every module that is recognised, in place.
 
-    Known are the blocks of vicinal's own reference models, of Swin in timm, torchvision and transformers, of
-    Dinat in transformers, and the modules of natten from 0.20 on.
+    Known are vicinal's own reference models, the modules of natten from 0.20 on, and models of timm,
+    torchvision and transformers that docs/models.md lists.
     A block computes the same function as before, with one fused operation in the place of roll, pad,
     partition, mask and softmax.
 
