@@ -5,6 +5,7 @@ code, and the formulas of published layers.
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from typing import Any
 
@@ -152,6 +153,23 @@ def test_favor_estimates_softmax() -> None:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     assert float((out - expected).norm() / expected.norm()) < 0.1
+
+
+def test_packed_favor_is_separate_favor() -> None:
+    torch.manual_seed(0)
+    q, k, v = (3 * torch.randn(1, 60, 2, 8, dtype=torch.float64) for _ in range(3))
+    maps = FeatureMap("favor", projection=favor_projection(8, 24))
+    ends = [0, 1, 1, 23, 55]  # one token, none, and five after the last end
+    ignored = torch.arange(60)[None] % 7 == 3
+
+    def run(at: slice, **more: Any) -> Tensor:
+        mask = ignored[:, at]
+        return attend(q[:, at], k[:, at], v[:, at], feature_map=maps, eps=0.0, key_padding_mask=mask, **more)
+
+    packed = run(slice(None), cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    alone = [run(slice(a, b)) for a, b in itertools.pairwise(ends) if b > a]
+    torch.testing.assert_close(packed[:, :55], torch.cat(alone, 1))
+    assert not packed[:, 55:].any()
 
 
 def inputs(

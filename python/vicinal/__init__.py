@@ -21,7 +21,13 @@ from vicinal.neighborhood_decode import RingKVCache, sliding_window_decode
 from vicinal.neighborhood_slots import neighborhood_aggregate, neighborhood_scores
 from vicinal.segments import SegmentGroups, Segments
 from vicinal.voxel import ContextTable, KeyBias, RelTable, Rope3D, voxel_attention
-from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
+from vicinal.windowed import (
+    RelativeBias,
+    Windows,
+    transformer_xl,
+    windowed_attention,
+    windowed_attention_qkvpacked,
+)
 
 __all__ = [
     "ContextTable",
@@ -56,6 +62,7 @@ __all__ = [
     "retnet_decay",
     "segments",
     "sliding_window_decode",
+    "transformer_xl",
     "voxel_attention",
     "windowed_attention",
     "windowed_attention_qkvpacked",
