@@ -73,7 +73,7 @@ def test_compiled_in_one_graph(name: str) -> None:
     model, x = _make(name)
     fast = copy.deepcopy(model)
     vicinal.accelerate(fast)
-    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    compiled: nn.Module = torch.compile(fast, backend="aot_eager", fullgraph=True)  # type: ignore[assignment]
     torch._dynamo.reset()
     model.eval(), fast.eval()
     actual = {key.replace("_orig_mod.", ""): value for key, value in gradients(compiled, x).items()}

@@ -79,7 +79,7 @@ def attend_v2(attn: Any, x: Tensor, windows: Windows, dropout_p: float = 0.0) ->
 
 
 def cosine_table(network: nn.Module, coordinates: Tensor) -> Tensor:
-    """[T, h] the continuous position bias of Swin V2: 16 sigmoid(network(offsets)), offsets [1, .., .., 2]."""
+    """[T, h] the continuous position bias of Swin V2: 16 sigmoid(network(offsets)) over [1, .., .., 2]."""
     return 16 * torch.sigmoid(network(coordinates)).flatten(0, -2)
 
 
