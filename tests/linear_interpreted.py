@@ -69,7 +69,7 @@ def test_long_many_parts() -> None:
 
 
 @pytest.mark.parametrize("name", ["causal-step-decay", "causal-retention", "causal-no-decay-const"])
-def test_quick_step(name: str) -> None:
+def test_one_token(name: str) -> None:
     problem = replace(BY_NAME[name], mask="", tokens=1, batch=2, state=True)
     tensors = {n: x.detach() for n, x in linear_problems.make(problem).items()}
     expected = linear_problems.run(problem, tensors, "reference")
@@ -79,15 +79,17 @@ def test_quick_step(name: str) -> None:
         "feature_map": problem.feature_map, "decay": tensors.get("decay"), "normalize": problem.normalize,
         "scale": problem.scale, "eps": problem.eps, "const": problem.const,
     }  # fmt: skip
-    out = linear_attention_step(*(tensors[n] for n in "qkv"), state, backend="triton", **options)
+    q, k, v = (tensors[n] for n in "qkv")
+    out = linear_attention_step(q, k, v, state, backend="triton", **options)
     torch.testing.assert_close(out, expected["out"])
     torch.testing.assert_close(state.s, expected["s"])
     if z is not None:
         torch.testing.assert_close(z, expected["z"])
 
 
-def test_quick_scan() -> None:
-    x, p = torch.randn(1, 40, 5, requires_grad=True), (torch.rand(1, 40) * 0.9).requires_grad_()
+def test_scan() -> None:
+    x = torch.randn(1, 40, 5, dtype=torch.float64, requires_grad=True)
+    p = (torch.rand(1, 40, dtype=torch.float64) * 0.9).requires_grad_()
     ends = torch.tensor([0, 17, 17, 40], dtype=torch.int32)
     results = []
     for backend in ("reference", "triton"):
@@ -95,11 +97,11 @@ def test_quick_scan() -> None:
         assert isinstance(y, torch.Tensor)
         results.append((y, *torch.autograd.grad(y.square().sum(), (x, p))))
     for expected, found in zip(*results):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["causal-step-decay", "causal-den"])
-def test_quick_backends_mix(name: str) -> None:
+def test_backends_mix(name: str) -> None:
     """What one backend's forward saved, the other's backward reads; runs agree bit for bit."""
     problem = small(BY_NAME[name])
     tensors = {n: x.detach() for n, x in linear_problems.make(problem).items()}
@@ -119,3 +121,29 @@ def test_quick_backends_mix(name: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(again, saved["triton"]))
     pairs = zip(gradients("triton", "triton"), gradients("triton", "triton"))
     assert all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("name", ["causal-step-decay", "den"])
+def test_ops_and_compile(name: str) -> None:
+    """opcheck of both directions, and one graph of forward and backward."""
+    problem = replace(small(BY_NAME[name]), tokens=18, dim=4)
+    tensors = linear_problems.make(problem)
+    given = [tensors.get(n) for n in ("q", "k", "v", "q_den", "k_den", "decay")] + [None] * 4
+    plain = [None if x is None else x.detach() for x in given]
+    mask = "causal" if problem.causal else "full"
+    options = (problem.feature_map, 0.0, problem.feature_map, 0.0, mask, 0, 16, True, 1.0, 1e-6, 0.0)
+    ops = torch.ops.vicinal
+    outputs = ops.linear_fwd.triton(*plain, *options)
+    dout = torch.ones_like(tensors["v"])
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.linear_fwd.triton, (*plain, *options), test_utils=checks)
+    backward = (dout, None, None, None, *outputs, *plain, *options, False)
+    torch.library.opcheck(ops.linear_bwd.triton, backward, test_utils=checks)
+
+    def run(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return linear_problems.run(problem, tensors, "triton")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    results = [linear_problems.differentiate(f(tensors), tensors, torch.float32) for f in (run, compiled)]
+    for key, x in results[0].items():
+        torch.testing.assert_close(x, results[1][key])

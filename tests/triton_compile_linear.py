@@ -32,8 +32,8 @@ def problem(
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = (torch.zeros(2, 1000, 2, DIM, dtype=dtype) for _ in range(3))
     decays = {"": None, "head": torch.zeros(2, dtype=acc), "step": torch.zeros(2, 1000, 2, dtype=acc)}
-    options = ("elu1", 0.0, "elu1", 0.0, mask, 0, 0, True, 1.0, 1e-6, 0.0)
-    tensors = (q, k, v, None, None, decays[decay], None, None, None, None)
+    options: tuple[Any, ...] = ("elu1", 0.0, "elu1", 0.0, mask, 0, 0, True, 1.0, 1e-6, 0.0)
+    tensors: tuple[Any, ...] = (q, k, v, None, None, decays[decay], None, None, None, None)
     outputs = _fake_forward(tensors, options)
     call, results = LinearCall(*tensors, *options), _results(outputs, True)
     dq, dk, dv, *_ = _fake_backward(outputs, tensors, options, False)
