@@ -201,14 +201,15 @@ def test_linear_transformer(causal: bool) -> None:
     torch.testing.assert_close(attend(q, k, v, is_causal=causal), expected)
 
 
-def test_lite_mla() -> None:
+@pytest.mark.parametrize("eps", [1e-15, 1e-8], ids=["LiteMLA", "SANA"])
+def test_lite_mla(eps: float) -> None:
     qkv = torch.randn(2, 4, 3 * 16, 49, dtype=torch.float64)  # [B, heads, 3 D, H * W]
     q, k, v = qkv.chunk(3, 2)
     padded = F.pad(v, (0, 0, 0, 1), value=1.0)
     out = padded @ F.relu(k).transpose(-1, -2) @ F.relu(q)
-    expected = out[:, :, :-1] / (out[:, :, -1:] + 1e-15)
+    expected = out[:, :, :-1] / (out[:, :, -1:] + eps)
     tokens = [x.permute(0, 3, 1, 2) for x in (q, k, v)]
-    got = attend(*tokens, feature_map="relu", eps=1e-15)
+    got = attend(*tokens, feature_map="relu", eps=eps)
     assert got.permute(0, 2, 3, 1).is_contiguous()
     torch.testing.assert_close(got.permute(0, 2, 3, 1), expected)
 
@@ -231,6 +232,25 @@ def test_flatten_transformer(scope: str) -> None:
         "bnhk,bhkv,bnh->bnhv", a, torch.einsum("bnhk,bnhv->bhkv", b * n**-0.5, v * n**-0.5), z
     )
     torch.testing.assert_close(attend(q, k, v, feature_map=maps, eps=1e-6 * n), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_performer(causal: bool) -> None:
+    q, k, v = inputs()
+    w = favor_projection(8, 24).double()
+
+    def phi(x: Tensor, highest: tuple[int, ...]) -> Tensor:
+        t = x * 8**-0.25 @ w.T
+        shift = t.amax(highest, keepdim=True) if highest else 0
+        return (torch.exp(t - x.square().sum(-1, keepdim=True) * 8**-0.5 / 2 - shift) + 1e-4) / 24**0.5
+
+    a, b = phi(q, (-1,)), phi(k, () if causal else (1, 3))
+    weights = torch.einsum("bihm,bjhm->bhij", a, b)
+    weights = weights.tril() if causal else weights
+    eps = 1e-6 if causal else 0.0
+    expected = torch.einsum("bhij,bjhd->bihd", weights / (weights.sum(-1, keepdim=True) + eps), v)
+    maps = FeatureMap("favor", projection=w)
+    torch.testing.assert_close(attend(q, k, v, feature_map=maps, eps=eps, is_causal=causal), expected)
 
 
 def rotated(x: Tensor) -> Tensor:
