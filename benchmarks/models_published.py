@@ -55,7 +55,10 @@ def torchvision(name: str) -> nn.Module:
     torchvision_operators.declare()
     from torchvision import models
 
-    model: nn.Module = getattr(models, name)(stochastic_depth_prob=0.0)
+    model: nn.Module = getattr(models, name)()
+    for module in model.modules():
+        if type(module).__name__ == "StochasticDepth":
+            module.p = 0.0  # type: ignore[assignment]
     return model
 
 

@@ -94,3 +94,12 @@ def test_loaded_weights_are_used_in_evaluation_mode() -> None:
     vicinal.restore(other)
     with torch.no_grad():
         assert rms_ratio(model(x), other(x)) < 1e-10
+
+
+def test_training_after_inference_mode() -> None:
+    """What is remembered of a first call under inference_mode serves calls with gradients."""
+    model, x = _make("timm-efficientformer")
+    vicinal.accelerate(model)
+    with torch.inference_mode():
+        expected = model(x)
+    assert rms_ratio(gradients(model, x)["output"], expected) < 1e-10

@@ -10,7 +10,6 @@ from transformers.models.maskformer import modeling_maskformer_swin
 
 from vicinal.drop_in.adapter import Adapter
 from vicinal.drop_in.swin_attention import attend_projected, changed_parts, windows_on
-from vicinal.windowed import RelativeBias
 
 
 def _forward(layer: Any, hidden_states: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
@@ -22,7 +21,7 @@ def _forward(layer: Any, hidden_states: Tensor, input_dimensions: tuple[int, int
         attn.value,
         windows_on(input_dimensions, (side, side), shift=layer.shift_size),
         attn.attention_head_size,
-        bias=RelativeBias(attn.relative_position_bias_table),
+        bias=attn.relative_position_bias_table,
         dropout_p=attn.dropout.p if layer.training else 0.0,
     )
     x = layer.attention.output(x.flatten(1, 2), hidden_states)

@@ -12,7 +12,6 @@ from transformers.models.swinv2 import modeling_swinv2
 
 from vicinal.drop_in.adapter import Adapter
 from vicinal.drop_in.swin_attention import attend_projected, changed_parts, cosine_table, windows_on
-from vicinal.windowed import RelativeBias
 
 
 def _forward(layer: Any, hidden_states: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
@@ -24,7 +23,7 @@ def _forward(layer: Any, hidden_states: Tensor, input_dimensions: tuple[int, int
         attn.value,
         windows_on(input_dimensions, (side, side), shift=layer.shift_size, mask_value=-200.0),
         attn.attention_head_size,
-        bias=RelativeBias(cosine_table(attn.continuous_position_bias_mlp, attn.relative_coords_table)),
+        bias=cosine_table(attn.continuous_position_bias_mlp, attn.relative_coords_table),
         logit_scale=attn.logit_scale,
         dropout_p=attn.dropout.p if layer.training else 0.0,
     )
