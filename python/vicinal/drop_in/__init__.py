@@ -36,9 +36,18 @@ _ADAPTER_MODULES = {
     "vicinal.models.dlgsanet": "vicinal.drop_in.dlgsanet",
     "natten.modules": "vicinal.drop_in.natten_modules",
     "timm.models.swin_transformer": "vicinal.drop_in.timm_swin",
+    "timm.models.swin_transformer_v2_cr": "vicinal.drop_in.timm_swin_cr",
+    "timm.models.maxxvit": "vicinal.drop_in.timm_maxxvit",
+    "timm.models.hiera": "vicinal.drop_in.timm_hiera",
+    "timm.models.efficientvit_msra": "vicinal.drop_in.timm_efficientvit",
+    "timm.models.davit": "vicinal.drop_in.timm_davit",
+    "timm.models.twins": "vicinal.drop_in.timm_twins",
+    "timm.models.levit": "vicinal.drop_in.timm_levit",
+    "timm.models.efficientformer": "vicinal.drop_in.timm_efficientformer",
     "timm.models.efficientvit_mit": "vicinal.drop_in.timm_efficientvit_mit",
     "torch_geometric.nn": "vicinal.drop_in.geometric_gps",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
+    "torchvision.models.video.swin_transformer": "vicinal.drop_in.torchvision_swin3d",
     "transformers.models.dinat.modeling_dinat": "vicinal.drop_in.transformers_dinat",
     "transformers.models.mamba2.modeling_mamba2": "vicinal.drop_in.transformers_mamba2",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
@@ -60,9 +69,8 @@ def _adapters() -> Iterator[Adapter]:
 def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_run: bool = False) -> Report:
     """Replace the attention of every module that is recognised, in place.
 
-    Known are vicinal's own reference models; Swin in timm, torchvision and transformers; EfficientViT's
-    linear attention in timm; Dinat and the Mamba-2 mixer in transformers; the global attention of GPS in
-    torch_geometric; the modules of natten from 0.20 on.
+    Known are vicinal's own reference models, the modules of natten from 0.20 on, and models of timm,
+    torchvision, transformers and torch_geometric that docs/models.md lists.
     A block computes the same function as before, with one fused operation in the place of roll, pad,
     partition, mask and softmax.
 
