@@ -29,6 +29,8 @@ _ADAPTER_MODULES = {
     "vicinal.models.mossformer2": "vicinal.drop_in.mossformer2",
     "vicinal.models.dinat": "vicinal.drop_in.dinat",
     "vicinal.models.dformer": "vicinal.drop_in.dformer",
+    "vicinal.models.dsvt": "vicinal.drop_in.dsvt",
+    "vicinal.models.flatformer": "vicinal.drop_in.flatformer",
     "vicinal.models.causal_lm": "vicinal.drop_in.causal_lm",
     "vicinal.models.mamba2": "vicinal.drop_in.mamba2",
     "vicinal.models.hnet": "vicinal.drop_in.hnet",
