@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import joint, linear, mha, models, neighborhood, overhead, table, voxel, windowed
+from . import joint, layers, linear, mha, models, neighborhood, overhead, table, voxel, windowed
 from .results import Report, default_path, load
 
-FAMILIES = ("windowed", "neighborhood", "voxel", "linear", "joint", "mha", "overhead", "models")
+FAMILIES = ("windowed", "neighborhood", "voxel", "linear", "joint", "mha", "overhead", "layers", "models")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -127,6 +127,10 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
     if args.family == "mha":
         seconds = args.seconds or (1.0 if args.quick else 4.0)
         return mha.run(report, threads, seconds, tuple(args.dtype), args.quick, args.problem)
+    if args.family == "layers":
+        return layers.run(
+            report, threads, args.seconds or (1.0 if args.quick else 6.0), args.quick, args.problem
+        )
     seconds = args.seconds or (2.0 if args.quick else 15.0)
     return models.run(report, threads, seconds, args.quick, args.problem)
 
