@@ -31,6 +31,7 @@ _ADAPTER_MODULES = {
     "vicinal.models.dformer": "vicinal.drop_in.dformer",
     "vicinal.models.dsvt": "vicinal.drop_in.dsvt",
     "vicinal.models.flatformer": "vicinal.drop_in.flatformer",
+    "vicinal.models.parts": "vicinal.drop_in.parts",
     "vicinal.models.causal_lm": "vicinal.drop_in.causal_lm",
     "vicinal.models.mamba2": "vicinal.drop_in.mamba2",
     "vicinal.models.hnet": "vicinal.drop_in.hnet",

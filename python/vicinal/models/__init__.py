@@ -53,6 +53,7 @@ from vicinal.models.lmuformer import LegendreMemory, SpikingSelfAttention
 from vicinal.models.lra import LRAConfig, TextClassifier
 from vicinal.models.mamba2 import Mamba2Config, Mamba2Mixer
 from vicinal.models.mossformer2 import MossFormer2, MossFormer2Config
+from vicinal.models.parts import PartAttention
 from vicinal.models.performer import PerformerAttention
 from vicinal.models.point_ssm import PointSSM, PointSSMLayer
 from vicinal.models.sret import RecursiveBlock, SlicedAttention
@@ -86,6 +87,7 @@ __all__ = [
     "Mamba2Mixer",
     "MossFormer2",
     "MossFormer2Config",
+    "PartAttention",
     "PerformerAttention",
     "PointSSM",
     "PointSSMLayer",
