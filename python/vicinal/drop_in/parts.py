@@ -22,7 +22,7 @@ class FusedPartAttention(PartAttention):
         counts = torch.tensor(parts if self.across else (1,) * len(q), device=q.device)
         longest = (max(parts, default=0) if self.across else 1) * q.shape[1]
         groups = segments.from_lengths(counts * q.shape[1], longest)
-        out = voxel_attention(*(t.flatten(0, 1) for t in (q, k, v)), groups)
+        out = voxel_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), groups)
         assert isinstance(out, Tensor)
         return out.unflatten(0, q.shape[:2])
 
