@@ -18,10 +18,11 @@ class Problem:
     "abs", "index" (an index tensor with negative rows), "dense" [h, Nq, Nk], "dense4" [1, h, Nq, Nk].
     bias_window: the window that the table was made for. low_bias: the bias is in q's dtype instead of
     float32. rel_pos: "" none, "shared" tables, or "heads", a table per head. cosine: with logit_scale.
-    edge_k, edge_v: pads have a key, a value. extra: extra keys. padding: "" none, "bool", "float", "window" (whole windows ignored), "sample" (one sample has no key). mask: ""
-    none, "windows" [W, Nq, Nk], "samples" [B * W, 1, Nq, Nk], "heads" [B * W, h, Nq, Nk] with -inf. layout:
-    "contiguous", "packed" (views of one qkv tensor), "transposed" (heads before the grid), "crop" (views into
-    a buffer of NaN), "qkvpacked" (the packed function).
+    edge_k, edge_v: pads have a key, a value. extra: extra keys. padding: "" none, "bool", "float", "window"
+    (whole windows ignored), "sample" (one sample has no key). mask: "" none, "windows" [W, Nq, Nk], "samples"
+    [B * W, 1, Nq, Nk], "heads" [B * W, h, Nq, Nk] with -inf. layout: "contiguous", "packed" (views of one qkv
+    tensor), "transposed" (heads before the grid), "crop" (views into a buffer of NaN), "qkvpacked" (the
+    packed function).
     """
 
     name: str
