@@ -3,6 +3,7 @@
 from vicinal import nn, segments
 from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
+from vicinal.delta import delta_rule_attention, delta_rule_step
 from vicinal.drop_in import accelerate, restore
 from vicinal.hash import hash_attention
 from vicinal.joint import joint_attention
@@ -45,6 +46,8 @@ __all__ = [
     "Windows",
     "__version__",
     "accelerate",
+    "delta_rule_attention",
+    "delta_rule_step",
     "ema_scan",
     "explain",
     "favor_projection",

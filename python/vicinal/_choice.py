@@ -39,6 +39,9 @@ def problem_of(key: Key) -> _backends.Problem:
     return _backends.Problem(family, device, dtype, head_dim, head_dim_v, frozenset(features), arch)
 
 
-@torch.compiler.assume_constant_result
 def choose(key: Key, backend: str | None) -> str:
     return _backends.select(problem_of(key), backend)
+
+
+# As torch.compiler.assume_constant_result does, which imports the whole compiler for it: a second and more.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
