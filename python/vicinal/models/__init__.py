@@ -1,6 +1,7 @@
 """Reference models in plain PyTorch, from the papers' formulas; `vicinal.accelerate` makes them fast."""
 
 from vicinal.models.causal_lm import CausalLM, CausalLMConfig, Scope
+from vicinal.models.condaformer import ConDaFormerConfig, ConDaFormerStage
 from vicinal.models.configs import (
     cswin_base,
     cswin_small,
@@ -42,6 +43,7 @@ from vicinal.models.cswin import CSWinConfig, CSWinTransformer
 from vicinal.models.dformer import DFormer, DFormerConfig
 from vicinal.models.dinat import DiNAT, DiNATConfig
 from vicinal.models.dinat_keys import official_dinat_state_dict
+from vicinal.models.dit3d import DiT3D, DiT3DConfig
 from vicinal.models.ecoformer import EcoFormer, EcoFormerConfig
 from vicinal.models.hnet import HNet, HNetConfig
 from vicinal.models.lra import LRAConfig, TextClassifier
@@ -50,16 +52,21 @@ from vicinal.models.mossformer2 import MossFormer2, MossFormer2Config
 from vicinal.models.performer import PerformerAttention
 from vicinal.models.swin import SwinConfig, SwinTransformer
 from vicinal.models.swin_keys import official_state_dict
+from vicinal.models.vitdet import WindowBlock
 
 __all__ = [
     "CSWinConfig",
     "CSWinTransformer",
     "CausalLM",
     "CausalLMConfig",
+    "ConDaFormerConfig",
+    "ConDaFormerStage",
     "DFormer",
     "DFormerConfig",
     "DiNAT",
     "DiNATConfig",
+    "DiT3D",
+    "DiT3DConfig",
     "EcoFormer",
     "EcoFormerConfig",
     "HNet",
@@ -74,6 +81,7 @@ __all__ = [
     "SwinConfig",
     "SwinTransformer",
     "TextClassifier",
+    "WindowBlock",
     "causal_lm_test",
     "cswin_base",
     "cswin_small",
