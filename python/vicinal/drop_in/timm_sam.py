@@ -8,8 +8,8 @@ from timm.models import vision_transformer_sam
 from torch import Tensor, nn
 
 from vicinal.drop_in.adapter import Adapter
-from vicinal.drop_in.swin_attention import changed_parts
 from vicinal.drop_in.sam_windows import against_windows, attend_in_windows
+from vicinal.drop_in.swin_attention import changed_parts
 
 
 class FusedBlock(vision_transformer_sam.Block):

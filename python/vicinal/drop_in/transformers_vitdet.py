@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers.models.vitdet import modeling_vitdet
 
 from vicinal.drop_in.adapter import Adapter
-from vicinal.drop_in.swin_attention import changed_parts
 from vicinal.drop_in.sam_windows import against_windows, attend_in_windows
+from vicinal.drop_in.swin_attention import changed_parts
 
 
 class FusedVitDetLayer(modeling_vitdet.VitDetLayer):
