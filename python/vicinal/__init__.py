@@ -4,6 +4,7 @@ from vicinal import nn, segments
 from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
 from vicinal.drop_in import accelerate, restore
+from vicinal.edge import Graph, edge_attention
 from vicinal.hash import hash_attention
 from vicinal.joint import joint_attention
 from vicinal.linear import (
@@ -27,6 +28,7 @@ __all__ = [
     "ContextTable",
     "Explanation",
     "FeatureMap",
+    "Graph",
     "KeyBias",
     "LinearState",
     "Neighborhood",
@@ -39,6 +41,7 @@ __all__ = [
     "Windows",
     "__version__",
     "accelerate",
+    "edge_attention",
     "ema_scan",
     "explain",
     "favor_projection",

@@ -48,8 +48,9 @@ class Family:
         tensors, options = arguments(self.tensors), ", ".join(self.options)
         grads = arguments([f"d{name}?" for name in self.outputs])
         forward = f"({tensors}, {options}) -> ({', '.join(['Tensor'] * len(self.outputs))})"
+        read = [arguments(self.saved)] if self.saved else []
         backward = (
-            f"({grads}, {arguments(self.saved)}, {tensors}, {options}, bool packed)"
+            f"({', '.join([grads, *read, tensors, options])}, bool packed)"
             f" -> ({', '.join(['Tensor'] * len(self.gradients))})"
         )
         return forward, backward

@@ -1,0 +1,73 @@
+"""Edge attention in plain PyTorch: gathered rows, and sums over edges by index."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._edge_graph import Graph
+
+
+class Edges(NamedTuple):
+    """The edge tensors [E, H, D], and bias [E, H], in the caller's order."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+    mul: Tensor | None = None
+    gate: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def edge_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    graph: Graph,
+    edges: Edges,
+    mode: str,
+    clamp: float,
+    eps: float,
+    scale: float,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [Nd, H, Dv] and edge [E, H, D] in q's dtype, lse [Nd, H] (empty with gate). compute_dtype: default
+    float32, float64 for float64."""
+    acc = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    n_slots = int(graph.rowptr[-1]) if not graph.whole else len(graph.col)
+    dst, src, row = (x[:n_slots].long() for x in (graph.dst(), graph.col, graph.edge_id))
+    n, heads, dim = q.shape
+    key, value = k.to(acc)[src], v.to(acc)[src]
+    if edges.k is not None:
+        key = key + edges.k.to(acc)[row]
+    if edges.v is not None:
+        value = value + edges.v.to(acc)[row]
+    if edges.gate is not None:
+        value = value * edges.gate.to(acc)[row]
+    t = q.to(acc)[dst] * scale * key
+    if edges.mul is not None:
+        t = t * edges.mul.to(acc)[row]
+    edge = torch.zeros(graph.n_edges, heads, dim, dtype=acc, device=q.device).index_copy(0, row, t)
+    x = t if mode == "gate" else t.sum(-1)
+    if edges.bias is not None:
+        bias = edges.bias.to(acc)[row]
+        x = x + (bias[..., None] if mode == "gate" else bias)
+    if clamp >= 0:
+        x = x.clamp(-clamp, clamp)
+    zeros = torch.zeros(n, heads, v.shape[-1], dtype=acc, device=q.device)
+    if mode == "gate":
+        out = zeros.index_add(0, dst, x.exp() * value)
+        return out.to(q.dtype), q.new_empty(0, dtype=acc), edge.to(q.dtype)
+    top = torch.zeros(n, heads, dtype=acc, device=q.device)
+    if mode == "softmax":
+        most = torch.full_like(top, -torch.inf)
+        most = most.scatter_reduce(0, dst[:, None].expand_as(x), x.detach(), "amax")
+        top = torch.where(most > -torch.inf, most, 0)
+    weight = (x - top[dst]).exp()
+    total = torch.zeros_like(top).index_add(0, dst, weight) + (eps if mode == "exp" else 0.0)
+    some = total > 0
+    safe = torch.where(some, total, 1)
+    out = zeros.index_add(0, dst, (weight / safe[dst])[..., None] * value)
+    lse = torch.where(some, top + safe.log(), -torch.inf)
+    return out.to(q.dtype), lse, edge.to(q.dtype)
