@@ -39,21 +39,46 @@ struct Chunk {
   Vec<T> once(int v, Vec<T> x) const { return v == kVec - 1 && !kPart ? x * fresh : x; }
 };
 
-// f(chunk) for the chunks of a row of `dim` elements.
-template <class T, int kMost = 4, class F>
-void for_chunks(int32_t dim, const F& f) {
-  constexpr int n = kLanes<T>;
-  if (dim < n) return f(Chunk<T, 1, true>{0, 0, dim, splat(T(1))});
-  for (int32_t at = 0; at < dim; at += kMost * n) {
-    const int32_t left = dim - at, vectors = left < kMost * n ? (left + n - 1) / n : kMost;
-    const int32_t even = at + (vectors - 1) * n, last = even + n > dim ? dim - n : even;
-    Vec<T> fresh;
-    for (int i = 0; i < n; ++i) fresh[i] = last + i >= even ? T(1) : T(0);
-    if (vectors == 1) f(Chunk<T, 1, false>{at, last, n, fresh});
-    if (vectors == 2) f(Chunk<T, 2, false>{at, last, n, fresh});
-    if (vectors == 3) f(Chunk<T, 3, false>{at, last, n, fresh});
-    if (vectors == 4) f(Chunk<T, 4, false>{at, last, n, fresh});
+// How a row of `dim` elements is cut: made once for a call, because lanes of `fresh` are set one by one.
+template <class T>
+struct Cut {
+  static constexpr int kN = kLanes<T>;
+  int32_t dim;
+  Vec<T> fresh;
+
+  explicit Cut(int32_t size) : dim(size) {
+    const int32_t even = (dim - 1) / kN * kN, last = dim < even + kN ? dim - kN : even;
+    for (int i = 0; i < kN; ++i) fresh[i] = dim < kN || last + i >= even ? T(1) : T(0);
   }
+
+  // f(chunk) for each chunk.
+  template <int kMost = 4, class F>
+  [[gnu::always_inline]] void each(const F& f) const {
+    if (dim < kN) return f(Chunk<T, 1, true>{0, 0, dim, fresh});
+    for (int32_t at = 0; at < dim; at += kMost * kN) {
+      const int32_t left = dim - at, vectors = left < kMost * kN ? (left + kN - 1) / kN : kMost;
+      const int32_t even = at + (vectors - 1) * kN, last = even + kN > dim ? dim - kN : even;
+      const Vec<T> lanes = at + vectors * kN < dim ? splat(T(1)) : fresh;
+      if (vectors == 1) f(Chunk<T, 1, false>{at, last, kN, lanes});
+      if (vectors == 2) f(Chunk<T, 2, false>{at, last, kN, lanes});
+      if constexpr (kMost > 2) {
+        if (vectors == 3) f(Chunk<T, 3, false>{at, last, kN, lanes});
+        if (vectors == 4) f(Chunk<T, 4, false>{at, last, kN, lanes});
+      }
+    }
+  }
+};
+
+template <class T, class I, I... i>
+Ints<T> lane_numbers(std::integer_sequence<I, i...>) {
+  return Ints<T>{i...};
+}
+// x in the first n lanes, 0 in the others.
+template <class T>
+Vec<T> first_lanes(Vec<T> x, int64_t n) {
+  using Number = std::remove_reference_t<decltype(Ints<T>{}[0])>;
+  const Ints<T> lane = lane_numbers<T>(std::make_integer_sequence<Number, kLanes<T>>());
+  return lane < static_cast<Number>(n < kLanes<T> ? n : kLanes<T>) ? x : Vec<T>{};
 }
 
 // e^x: infinite from where the type is, which exp2 leaves undefined.
@@ -84,6 +109,7 @@ struct EdgeBlock {
   static constexpr int kN = kLanes<T>;
 
   const Edge& a;
+  const Cut<T> keys_cut, values_cut;
   const T scale;
   const bool clips;
   T *x, *raw, *other;  // of the edges of a piece: scores then weights; scores before the clip; dP then dx
@@ -93,7 +119,8 @@ struct EdgeBlock {
   int32_t count = 0;
   const int32_t* col = nullptr;
 
-  explicit EdgeBlock(const Edge& edge) : a(edge), scale(T(edge.scale)), clips(edge.clamp >= 0) {}
+  explicit EdgeBlock(const Edge& edge)
+      : a(edge), keys_cut(edge.dim), values_cut(edge.dim_v), scale(T(edge.scale)), clips(edge.clamp >= 0) {}
 
   void carve(cpu::Arena& arena) {
     x = arena.take<T>(kEdgePiece + kN), raw = arena.take<T>(kEdgePiece + kN);
@@ -103,6 +130,31 @@ struct EdgeBlock {
   bool more_of_keys(const Rows& edge) const { return a.edge_k.data || a.edge_mul.data || edge.data; }
   bool more_of_values() const { return a.edge_v.data || a.edge_gate.data || a.tied; }
   const Rows& added_values() const { return a.tied ? a.edge_k : a.edge_v; }
+
+  // Brings the rows of a node's edges nearer while the node before it is at work: they lie anywhere.
+  template <class... Written>
+  void look_ahead(int64_t node, const Written&... written) const {
+    constexpr int64_t kMostAhead = 64;
+    const Numbers ptr = numbers(a.graph.rowptr), ids = numbers(a.graph.edge_id);
+    if (node >= a.graph.n_dst) return;
+    const int64_t begin = ptr[node],
+                  end = ptr[node + 1] - begin > kMostAhead ? begin + kMostAhead : ptr[node + 1];
+    for (int64_t e = begin; e < end; ++e) {
+      const int64_t row = ids[e];
+      ahead<0>(a.k, a.graph.col[e], a.dim), ahead<0>(a.v, a.graph.col[e], a.dim_v);
+      ahead<0>(a.edge_k, row, a.dim), ahead<0>(a.edge_mul, row, a.dim);
+      ahead<0>(a.edge_v, row, a.dim_v), ahead<0>(a.edge_gate, row, a.dim_v);
+      (ahead<1>(written, row, a.dim), ...);
+    }
+  }
+  template <int kWrite>
+  void ahead(const Rows& t, int64_t row, int32_t dim) const {
+    if (!t.data) return;
+    const char* from = reinterpret_cast<const char*>(at_row<S>(t, row, 0));
+    const int64_t bytes = ((a.heads - 1) * t.stride_h + dim) * static_cast<int64_t>(sizeof(S));
+    if (bytes > 4096) return;  // heads apart from each other, or rows so long that they come by themselves
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, kWrite, 2);
+  }
 
   void set_piece(int64_t begin, int32_t n) {
     first = begin, count = n, col = a.graph.col + begin;
@@ -147,9 +199,8 @@ struct EdgeBlock {
   void scores(int64_t node, int32_t h, const Rows& edge) {
     const S* q = at_row<S>(a.q, node, h);
     const bool more = more_of_keys(edge);
-    for_chunks<T>(a.dim, [&](const auto& c) {
-      more ? scores_of<true>(c, q, h, edge) : scores_of<false>(c, q, h, edge);
-    });
+    keys_cut.each(
+        [&](const auto& c) { more ? scores_of<true>(c, q, h, edge) : scores_of<false>(c, q, h, edge); });
     if (a.bias) {
       const T* bias = static_cast<const T*>(a.bias) + h;
       for (int32_t e = 0; e < count; ++e) x[e] += bias[id[e] * a.heads];
@@ -193,8 +244,7 @@ struct EdgeBlock {
   T exponentials(T top) {
     Vec<T> total = {};
     for (int32_t e = 0; e < count; e += kN) {
-      Vec<T> p = exponential<T>(load(x + e) - top);
-      for (int32_t u = count - e; u < kN; ++u) p[u] = 0;
+      const Vec<T> p = first_lanes<T>(exponential<T>(load(x + e) - top), count - e);
       store(x + e, p), total += p;
     }
     return sum_lanes<T>(total);
@@ -217,7 +267,7 @@ struct EdgeBlock {
   template <class Sink>
   void weigh_values(const T* weights, int32_t h, const Sink& sink) const {
     const bool more = more_of_values();
-    for_chunks<T>(a.dim_v, [&](const auto& c) {
+    values_cut.each([&](const auto& c) {
       more ? weigh(
                  c, weights,
                  [&](int32_t e, int v) __attribute__((always_inline)) {

@@ -36,6 +36,7 @@ struct EdgeBackward : EdgeBlock<S, T> {
   void whole(int64_t node) {
     const Numbers ptr = this->numbers(a.graph.rowptr);
     this->set_piece(ptr[node], static_cast<int32_t>(ptr[node + 1] - ptr[node]));
+    this->look_ahead(node + 1, p.dedge, p.dedge_k, p.dedge_mul, p.dedge_v, p.dedge_gate);
     for (int32_t h = 0; h < a.heads; ++h) {
       S* to = at_row<S>(p.dq, node, h);
       const auto sink = [&](const auto& c, int v, Vec<T> y)
@@ -56,12 +57,11 @@ struct EdgeBackward : EdgeBlock<S, T> {
     found[0] = this->largest();
     found[1] = this->exponentials(found[0]);
     const bool more = this->more_of_values();
-    for_chunks<T>(a.dim_v, [&](const auto& c) {
-      more ? value_products<true>(c, node, h) : value_products<false>(c, node, h);
-    });
-    T sum = 0;
-    for (int32_t e = 0; e < count; ++e) sum += x[e] * other[e];
-    found[2] = sum;
+    this->values_cut.each(
+        [&](const auto& c) { more ? value_products<true>(c, node, h) : value_products<false>(c, node, h); });
+    Vec<T> sum = {};  // x is 0 beyond count, and other a product of rows
+    for (int32_t e = 0; e < count; e += kN) sum += load(x + e) * load(other + e);
+    found[2] = sum_lanes<T>(sum);
   }
   template <bool kMore, class C>
   void value_products(const C& c, int64_t node, int32_t h) {
@@ -109,10 +109,10 @@ struct EdgeBackward : EdgeBlock<S, T> {
       for (int32_t e = 0; e < count; ++e) dbias[id[e] * a.heads] = other[e];
     }
     const bool more = this->more_of_keys(p.dedge) || p.dedge_k.data;
-    for_chunks<T>(
-        a.dim, [&](const auto& c) { more ? keys<true>(c, node, h, sink) : keys<false>(c, node, h, sink); });
+    this->keys_cut.each(
+        [&](const auto& c) { more ? keys<true>(c, node, h, sink) : keys<false>(c, node, h, sink); });
     if (p.dedge_v.data || p.dedge_gate.data)
-      for_chunks<T>(a.dim_v, [&](const auto& c) { value_edges(c, node, h); });
+      this->values_cut.each([&](const auto& c) { value_edges(c, node, h); });
   }
   // dq, and the gradients of what is added to keys and multiplies them.
   template <bool kMore, class C, class Sink>
@@ -180,7 +180,7 @@ struct EdgeBackward : EdgeBlock<S, T> {
   template <class Sink>
   void gate_edges(int64_t node, int32_t h, const Sink& sink) {
     for (int32_t e = 0; e < count; ++e) x[e] = 0;
-    for_chunks<T, 2>(a.dim, [&](const auto& c) { gate_chunk(c, node, h, sink); });
+    this->keys_cut.template each<2>([&](const auto& c) { gate_chunk(c, node, h, sink); });
     if (!p.dbias) return;
     T* dbias = static_cast<T*>(p.dbias) + h;
     for (int32_t e = 0; e < count; ++e) dbias[id[e] * a.heads] = x[e];
@@ -216,20 +216,21 @@ struct EdgeBackward : EdgeBlock<S, T> {
   }
   template <class Out>
   void sources(int64_t node, int32_t h, Out* dk, Out* dv) {
-    if (gate) return for_chunks<T, 2>(a.dim, [&](const auto& c) { gate_sources(c, node, h, dk, dv); });
+    if (gate)
+      return this->keys_cut.template each<2>([&](const auto& c) { gate_sources(c, node, h, dk, dv); });
     for (int32_t e = 0; e < count; ++e) {
       const T* from = weights(slot[e]) + h;
       x[e] = from[0], other[e] = from[a.heads];
     }
     const bool more_k = a.edge_mul.data || p.dedge.data, more_v = a.edge_gate.data;
-    for_chunks<T>(a.dim, [&](const auto& c) {
+    this->keys_cut.each([&](const auto& c) {
       const auto sink = [&](const auto& chunk, int v, Vec<T> y)
                             __attribute__((always_inline)) { chunk.put(dk, v, y * scale); };
       const auto row = [&](int32_t e, int v)
                            __attribute__((always_inline)) { return c.get(at_row<S>(a.q, col[e], h), v); };
       more_k ? source_keys(c, h, sink) : this->weigh(c, other, row, sink);
     });
-    for_chunks<T>(a.dim_v, [&](const auto& c) {
+    this->values_cut.each([&](const auto& c) {
       const auto sink = [&](const auto& chunk, int v, Vec<T> y)
                             __attribute__((always_inline)) { chunk.put(dv, v, y); };
       const auto row = [&](int32_t e, int v)

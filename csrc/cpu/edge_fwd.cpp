@@ -25,7 +25,7 @@ struct EdgeForward : EdgeBlock<S, T> {
 
   void write(const T* from, T factor, int64_t node, int32_t h) const {
     S* to = at_row<S>(p.out, node, h);
-    for_chunks<T>(a.dim_v, [&](const auto& c) {
+    this->values_cut.each([&](const auto& c) {
       for (int v = 0; v < c.kVec; ++v) c.put(to, v, c.get(from, v) * factor);
     });
   }
@@ -41,6 +41,7 @@ struct EdgeForward : EdgeBlock<S, T> {
   void whole(int64_t node) {
     const Numbers ptr = this->numbers(a.graph.rowptr);
     this->set_piece(ptr[node], static_cast<int32_t>(ptr[node + 1] - ptr[node]));
+    this->look_ahead(node + 1, p.edge);
     for (int32_t h = 0; h < a.heads; ++h) {
       T found[2];
       piece_of(node, h, found, row);
@@ -53,7 +54,7 @@ struct EdgeForward : EdgeBlock<S, T> {
                           __attribute__((always_inline)) { c.put(to, v, sum); };
     if (a.mode == kEdgeGate) {
       found[0] = found[1] = 0;
-      for_chunks<T, 2>(a.dim, [&](const auto& c) { gate(c, node, h, sink); });
+      this->keys_cut.template each<2>([&](const auto& c) { gate(c, node, h, sink); });
       return;
     }
     this->scores(node, h, p.edge);

@@ -1,4 +1,4 @@
-"""The value object of edge attention: which source each edge of a destination comes from, and its builders."""
+"""The value object of edge attention, which source each edge of a destination comes from; its builders."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ class Graph:
         if "dst" not in self.kept:
             slot = torch.arange(len(self.col), device=self.device, dtype=self.rowptr.dtype)
             self.kept["dst"] = torch.searchsorted(self.rowptr, slot, right=True, out_int32=True) - 1
-        return self.kept["dst"]  # type: ignore[no-any-return]
+        found: Tensor = self.kept["dst"]
+        return found
 
     def reverse(self) -> Reverse:
         """The slots by source."""
@@ -88,7 +89,8 @@ class Graph:
             colptr = _pointers(sources, self.n_src, self.rowptr.dtype)
             dst = self.dst().index_select(0, order)
             self.kept["reverse"] = Reverse(colptr, order.to(self.rowptr.dtype), dst)
-        return self.kept["reverse"]  # type: ignore[no-any-return]
+        found: Reverse = self.kept["reverse"]
+        return found
 
     @staticmethod
     def from_coo(
@@ -261,7 +263,9 @@ def _index(name: str, x: Any, rows: int, validate: bool | None) -> Tensor:
         raise ValueError(f"{name} has {x.numel()} entries; there is nothing that they could stand for")
     outside = ((x < 0) | (x >= rows)).any()
     if confirm(outside, validate, f"{name} has an index out of range"):
-        raise ValueError(f"{name} has values from {int(x.min())} to {int(x.max())}; they must be 0 .. {rows - 1}")
+        raise ValueError(
+            f"{name} has values from {int(x.min())} to {int(x.max())}; they must be 0 .. {rows - 1}"
+        )
     certain = x.device.type == "cpu" and validate is not False
     return x if certain else x.clamp(0, rows - 1)
 

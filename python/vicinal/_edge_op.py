@@ -137,7 +137,7 @@ def weights_of(tensors: Sequence[Any], o: Options) -> Tensor:
     """Room for p and dx of every slot and head, between the two passes of the backward."""
     q, col = tensors[0], tensors[9]
     size = (0,) if o.mode == "gate" else (len(col), 2, q.shape[1])
-    return q.new_empty(size, dtype=accumulator(q.dtype))  # type: ignore[no-any-return]
+    return torch.empty(size, dtype=accumulator(q.dtype), device=q.device)
 
 
 def _cpu_forward(tensors: Sequence[Any], o: Options, outputs: Sequence[Tensor]) -> None:

@@ -48,9 +48,9 @@ def prepare(
         checks.tensor(name, x)
         if x.dim() != 3:
             raise ValueError(f"{name} has shape {list(x.shape)}; it must be [N, heads, head_dim]")
-    for name, x in zip(("edge_k", "edge_v", "edge_mul", "edge_gate", "edge_bias"), edges):
-        if x is not None:
-            checks.floating(name, x)
+    for name, given in zip(("edge_k", "edge_v", "edge_mul", "edge_gate", "edge_bias"), edges):
+        if given is not None:
+            checks.floating(name, given)
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -63,7 +63,9 @@ def prepare(
     _check_graph(q, k, graph)
     _check_edges(q, v, graph, edges, mode)
     clamp, eps = _check_numbers(mode, clamp, eps, scale)
-    return Call(q, k, v, graph, edges, mode, clamp, eps, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    return Call(
+        q, k, v, graph, edges, mode, clamp, eps, q.shape[-1] ** -0.5 if scale is None else float(scale)
+    )
 
 
 def _cast(edges: Edges, dtype: torch.dtype) -> Edges:
@@ -123,14 +125,11 @@ def run(call: Call, keep_edge: bool, backend: str | None) -> tuple[Tensor, Tenso
     return run_reference(call) if chosen == "reference" else _run_op(call, keep_edge, chosen)
 
 
-def run_reference(call: Call, compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Plain PyTorch. compute_dtype: instead of the accumulation type."""
+def run_reference(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain PyTorch."""
     c = call
     with torch.autocast(c.q.device.type, enabled=False):  # prepare cast what is to be cast
-        out, lse, edge = reference.edge_attention(
-            c.q, c.k, c.v, c.graph, c.edges, c.mode, c.clamp, c.eps, c.scale, compute_dtype
-        )
-    return out, lse.to(accumulator(c.q.dtype)), edge
+        return reference.edge_attention(c.q, c.k, c.v, c.graph, c.edges, c.mode, c.clamp, c.eps, c.scale)
 
 
 def _run_op(call: Call, keep_edge: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:

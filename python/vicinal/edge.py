@@ -44,7 +44,8 @@ def edge_attention(
 
     For the edges e of destination i, each from a source j, with * per channel::
 
-        t[e] = scale * q[i] * (k[j] + edge_k[e]) * edge_mul[e]        value[e] = (v[j] + edge_v[e]) * edge_gate[e]
+        t[e] = scale * q[i] * (k[j] + edge_k[e]) * edge_mul[e]
+        value[e] = (v[j] + edge_v[e]) * edge_gate[e]
         x[e] = clip(sum over channels of t[e] + edge_bias[e], -clamp, clamp)
         "softmax"  out[i] = sum_e p[e] value[e]     p[e] = exp x[e] / sum_e exp x[e]
         "exp"      out[i] = sum_e p[e] value[e]     p[e] = exp x[e] / (sum_e exp x[e] + eps)

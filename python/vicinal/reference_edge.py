@@ -30,22 +30,20 @@ def edge_attention(
     clamp: float,
     eps: float,
     scale: float,
-    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [Nd, H, Dv] and edge [E, H, D] in q's dtype, lse [Nd, H] (empty with gate). compute_dtype: default
-    float32, float64 for float64."""
-    acc = compute_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    """out [Nd, H, Dv] and edge [E, H, D] in q's dtype, lse [Nd, H] (empty with gate)."""
+    acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     n_slots = int(graph.rowptr[-1]) if not graph.whole else len(graph.col)
     dst, src, row = (x[:n_slots].long() for x in (graph.dst(), graph.col, graph.edge_id))
     n, heads, dim = q.shape
-    key, value = k.to(acc)[src], v.to(acc)[src]
+    key, value = _gathered(k, src, acc), _gathered(v, src, acc)
     if edges.k is not None:
         key = key + edges.k.to(acc)[row]
     if edges.v is not None:
         value = value + edges.v.to(acc)[row]
     if edges.gate is not None:
         value = value * edges.gate.to(acc)[row]
-    t = q.to(acc)[dst] * scale * key
+    t = _gathered(q, dst, acc) * scale * key
     if edges.mul is not None:
         t = t * edges.mul.to(acc)[row]
     edge = torch.zeros(graph.n_edges, heads, dim, dtype=acc, device=q.device).index_copy(0, row, t)
@@ -55,9 +53,8 @@ def edge_attention(
         x = x + (bias[..., None] if mode == "gate" else bias)
     if clamp >= 0:
         x = x.clamp(-clamp, clamp)
-    zeros = torch.zeros(n, heads, v.shape[-1], dtype=acc, device=q.device)
     if mode == "gate":
-        out = zeros.index_add(0, dst, x.exp() * value)
+        out = _summed(x.exp() * value, dst, n)
         return out.to(q.dtype), q.new_empty(0, dtype=acc), edge.to(q.dtype)
     top = torch.zeros(n, heads, dtype=acc, device=q.device)
     if mode == "softmax":
@@ -65,9 +62,20 @@ def edge_attention(
         most = most.scatter_reduce(0, dst[:, None].expand_as(x), x.detach(), "amax")
         top = torch.where(most > -torch.inf, most, 0)
     weight = (x - top[dst]).exp()
-    total = torch.zeros_like(top).index_add(0, dst, weight) + (eps if mode == "exp" else 0.0)
+    total = _summed(weight, dst, n) + (eps if mode == "exp" else 0.0)
     some = total > 0
     safe = torch.where(some, total, 1)
-    out = zeros.index_add(0, dst, (weight / safe[dst])[..., None] * value)
+    out = _summed((weight / _gathered(safe, dst, acc))[..., None] * value, dst, n)
     lse = torch.where(some, top + safe.log(), -torch.inf)
     return out.to(q.dtype), lse, edge.to(q.dtype)
+
+
+def _gathered(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """x[index]; the gradient of a row, a sum over as many edges as a node has, is accumulated in float64."""
+    return x.double()[index].to(dtype)
+
+
+def _summed(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """The sums of the rows of x by index, accumulated in float64."""
+    sums = torch.zeros(rows, *x.shape[1:], dtype=torch.float64, device=x.device)
+    return sums.index_add(0, index, x.double()).to(x.dtype)
