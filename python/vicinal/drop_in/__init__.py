@@ -27,13 +27,14 @@ _ADAPTER_MODULES = {
     "vicinal.models.dinat": "vicinal.drop_in.dinat",
     "vicinal.models.dformer": "vicinal.drop_in.dformer",
     "vicinal.models.causal_lm": "vicinal.drop_in.causal_lm",
+    "vicinal.models.graph_layers": "vicinal.drop_in.graph_layers",
     "natten.modules": "vicinal.drop_in.natten_modules",
     "timm.models.swin_transformer": "vicinal.drop_in.timm_swin",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
     "transformers.models.dinat.modeling_dinat": "vicinal.drop_in.transformers_dinat",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
 }
-FAMILIES = ("windowed", "neighborhood", "linear")
+FAMILIES = ("windowed", "neighborhood", "linear", "voxel", "edge")
 
 
 @cache
@@ -57,7 +58,8 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
 
     Args:
         model: any module; it is changed in place unless `dry_run`.
-        families: which families to use, of "windowed", "neighborhood" and "linear"; None for all.
+        families: which families to use, of "windowed", "neighborhood", "linear", "voxel" and "edge"; None
+            for all.
         dry_run: only report what would happen.
 
     Returns:

@@ -42,6 +42,7 @@ from vicinal.models.dformer import DFormer, DFormerConfig
 from vicinal.models.dinat import DiNAT, DiNATConfig
 from vicinal.models.dinat_keys import official_dinat_state_dict
 from vicinal.models.ecoformer import EcoFormer, EcoFormerConfig
+from vicinal.models.graph_layers import GatedGCN, GPSLayer, GraphTransformerLayer, HCMTEdgeLayer
 from vicinal.models.mossformer2 import MossFormer2, MossFormer2Config
 from vicinal.models.swin import SwinConfig, SwinTransformer
 from vicinal.models.swin_keys import official_state_dict
@@ -57,6 +58,10 @@ __all__ = [
     "DiNATConfig",
     "EcoFormer",
     "EcoFormerConfig",
+    "GPSLayer",
+    "GatedGCN",
+    "GraphTransformerLayer",
+    "HCMTEdgeLayer",
     "MossFormer2",
     "MossFormer2Config",
     "Scope",
