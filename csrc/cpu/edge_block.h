@@ -14,7 +14,7 @@
 
 namespace vicinal::VICINAL_ISA {
 
-constexpr int32_t kEdgePiece = 2048;
+constexpr int32_t kEdgePiece = 512;  // longer sums also round more
 
 // kVec vectors of a row of a head, from element `at` on, the last one at element `last`. kPart: the row is
 // shorter than a vector, and `part` long.
@@ -199,8 +199,8 @@ struct EdgeBlock {
   void scores(int64_t node, int32_t h, const Rows& edge) {
     const S* q = at_row<S>(a.q, node, h);
     const bool more = more_of_keys(edge);
-    keys_cut.each(
-        [&](const auto& c) { more ? scores_of<true>(c, q, h, edge) : scores_of<false>(c, q, h, edge); });
+    if (more) keys_cut.template each<2>([&](const auto& c) { scores_of<true>(c, q, h, edge); });
+    if (!more) keys_cut.each([&](const auto& c) { scores_of<false>(c, q, h, edge); });
     if (a.bias) {
       const T* bias = static_cast<const T*>(a.bias) + h;
       for (int32_t e = 0; e < count; ++e) x[e] += bias[id[e] * a.heads];
@@ -266,19 +266,19 @@ struct EdgeBlock {
   // sink(chunk, v, sum_e weights[e] value_e)
   template <class Sink>
   void weigh_values(const T* weights, int32_t h, const Sink& sink) const {
-    const bool more = more_of_values();
+    if (more_of_values()) {
+      values_cut.template each<2>([&](const auto& c) {
+        const auto row = [&](int32_t e, int v) __attribute__((always_inline)) {
+          return times(c, v, a.edge_gate, id[e], h, bare_value(c, v, e, h));
+        };
+        weigh(c, weights, row, sink);
+      });
+      return;
+    }
     values_cut.each([&](const auto& c) {
-      more ? weigh(
-                 c, weights,
-                 [&](int32_t e, int v) __attribute__((always_inline)) {
-                   return times(c, v, a.edge_gate, id[e], h, bare_value(c, v, e, h));
-                 },
-                 sink)
-           : weigh(
-                 c, weights,
-                 [&](int32_t e, int v)
-                     __attribute__((always_inline)) { return c.get(at_row<S>(a.v, col[e], h), v); },
-                 sink);
+      const auto row = [&](int32_t e, int v)
+                           __attribute__((always_inline)) { return c.get(at_row<S>(a.v, col[e], h), v); };
+      weigh(c, weights, row, sink);
     });
   }
   // sink(c, v, sum_e weights[e] row(e, v)): several chains, since an addition takes four cycles.

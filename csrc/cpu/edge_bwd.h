@@ -56,9 +56,12 @@ struct EdgeBackward : EdgeBlock<S, T> {
     this->scores(node, h, Rows{});
     found[0] = this->largest();
     found[1] = this->exponentials(found[0]);
-    const bool more = this->more_of_values();
-    this->values_cut.each(
-        [&](const auto& c) { more ? value_products<true>(c, node, h) : value_products<false>(c, node, h); });
+    const Cut<T>& cut = this->values_cut;
+    if (this->more_of_values()) {
+      cut.template each<2>([&](const auto& c) { value_products<true>(c, node, h); });
+    } else {
+      cut.each([&](const auto& c) { value_products<false>(c, node, h); });
+    }
     Vec<T> sum = {};  // x is 0 beyond count, and other a product of rows
     for (int32_t e = 0; e < count; e += kN) sum += load(x + e) * load(other + e);
     found[2] = sum_lanes<T>(sum);
@@ -108,11 +111,13 @@ struct EdgeBackward : EdgeBlock<S, T> {
       T* dbias = static_cast<T*>(p.dbias) + h;
       for (int32_t e = 0; e < count; ++e) dbias[id[e] * a.heads] = other[e];
     }
-    const bool more = this->more_of_keys(p.dedge) || p.dedge_k.data;
-    this->keys_cut.each(
-        [&](const auto& c) { more ? keys<true>(c, node, h, sink) : keys<false>(c, node, h, sink); });
+    if (this->more_of_keys(p.dedge) || p.dedge_k.data) {
+      this->keys_cut.template each<2>([&](const auto& c) { keys<true>(c, node, h, sink); });
+    } else {
+      this->keys_cut.each([&](const auto& c) { keys<false>(c, node, h, sink); });
+    }
     if (p.dedge_v.data || p.dedge_gate.data)
-      this->values_cut.each([&](const auto& c) { value_edges(c, node, h); });
+      this->values_cut.template each<2>([&](const auto& c) { value_edges(c, node, h); });
   }
   // dq, and the gradients of what is added to keys and multiplies them.
   template <bool kMore, class C, class Sink>
@@ -222,23 +227,23 @@ struct EdgeBackward : EdgeBlock<S, T> {
       const T* from = weights(slot[e]) + h;
       x[e] = from[0], other[e] = from[a.heads];
     }
-    const bool more_k = a.edge_mul.data || p.dedge.data, more_v = a.edge_gate.data;
-    this->keys_cut.each([&](const auto& c) {
-      const auto sink = [&](const auto& chunk, int v, Vec<T> y)
-                            __attribute__((always_inline)) { chunk.put(dk, v, y * scale); };
-      const auto row = [&](int32_t e, int v)
-                           __attribute__((always_inline)) { return c.get(at_row<S>(a.q, col[e], h), v); };
-      more_k ? source_keys(c, h, sink) : this->weigh(c, other, row, sink);
-    });
+    const auto to_k = [&](const auto& c, int v, Vec<T> y)
+                          __attribute__((always_inline)) { c.put(dk, v, y * scale); };
+    const auto to_v = [&](const auto& c, int v, Vec<T> y) __attribute__((always_inline)) { c.put(dv, v, y); };
+    if (a.edge_mul.data || p.dedge.data) {
+      this->keys_cut.template each<2>([&](const auto& c) { source_keys(c, h, to_k); });
+    } else {
+      this->keys_cut.each([&](const auto& c) {
+        const auto row = [&](int32_t e, int v)
+                             __attribute__((always_inline)) { return c.get(at_row<S>(a.q, col[e], h), v); };
+        this->weigh(c, other, row, to_k);
+      });
+    }
     this->values_cut.each([&](const auto& c) {
-      const auto sink = [&](const auto& chunk, int v, Vec<T> y)
-                            __attribute__((always_inline)) { chunk.put(dv, v, y); };
-      const auto row = [&](int32_t e, int v)
-                           __attribute__((always_inline)) { return output_grad(c, v, col[e], h); };
-      const auto gated_row = [&](int32_t e, int v) __attribute__((always_inline)) {
+      const auto row = [&](int32_t e, int v) __attribute__((always_inline)) {
         return this->times(c, v, a.edge_gate, id[e], h, output_grad(c, v, col[e], h));
       };
-      more_v ? this->weigh(c, x, gated_row, sink) : this->weigh(c, x, row, sink);
+      this->weigh(c, x, row, to_v);
     });
   }
   template <class C, class Sink>

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from ._segments_keys import bits_of, confirm, expand, key_dtype, positive, sort
 from ._segments_type import Segments
@@ -85,6 +86,9 @@ class Graph:
     def reverse(self) -> Reverse:
         """The slots by source."""
         if "reverse" not in self.kept:
+            if torch._C._are_functorch_transforms_active():  # what is kept must not belong to a transform
+                with temporarily_clear_interpreter_stack():
+                    return self.reverse()
             order, sources = _sorted(self.col, bits_of(self.n_src + 1))
             colptr = _pointers(sources, self.n_src, self.rowptr.dtype)
             dst = self.dst().index_select(0, order)

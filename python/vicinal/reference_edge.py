@@ -9,6 +9,16 @@ from torch import Tensor
 
 from ._edge_graph import Graph
 
+PIECE = 128  # edges that are summed one after another
+
+
+class Index(NamedTuple):
+    """Which node each slot belongs to: slots belong to pieces, at most PIECE to each, pieces to nodes."""
+
+    piece: Tensor
+    node: Tensor
+    nodes: int
+
 
 class Edges(NamedTuple):
     """The edge tensors [E, H, D], and bias [E, H], in the caller's order."""
@@ -34,9 +44,10 @@ def edge_attention(
     """out [Nd, H, Dv] and edge [E, H, D] in q's dtype, lse [Nd, H] (empty with gate)."""
     acc = torch.float64 if q.dtype == torch.float64 else torch.float32
     n_slots = int(graph.rowptr[-1]) if not graph.whole else len(graph.col)
-    dst, src, row = (x[:n_slots].long() for x in (graph.dst(), graph.col, graph.edge_id))
+    src, row = (x[:n_slots].long() for x in (graph.col, graph.edge_id))
+    dst = _index(graph, n_slots)
     n, heads, dim = q.shape
-    key, value = _gathered(k, src, acc), _gathered(v, src, acc)
+    key, value = k.double()[src].to(acc), v.double()[src].to(acc)
     if edges.k is not None:
         key = key + edges.k.to(acc)[row]
     if edges.v is not None:
@@ -54,28 +65,43 @@ def edge_attention(
     if clamp >= 0:
         x = x.clamp(-clamp, clamp)
     if mode == "gate":
-        out = _summed(x.exp() * value, dst, n)
+        out = _summed(x.exp() * value, dst)
         return out.to(q.dtype), q.new_empty(0, dtype=acc), edge.to(q.dtype)
     top = torch.zeros(n, heads, dtype=acc, device=q.device)
+    of_slot = dst.node[dst.piece]
     if mode == "softmax":
         most = torch.full_like(top, -torch.inf)
-        most = most.scatter_reduce(0, dst[:, None].expand_as(x), x.detach(), "amax")
+        most = most.scatter_reduce(0, of_slot[:, None].expand_as(x), x.detach(), "amax")
         top = torch.where(most > -torch.inf, most, 0)
-    weight = (x - top[dst]).exp()
-    total = _summed(weight, dst, n) + (eps if mode == "exp" else 0.0)
+    weight = (x - top[of_slot]).exp()
+    total = _summed(weight, dst) + (eps if mode == "exp" else 0.0)
     some = total > 0
     safe = torch.where(some, total, 1)
-    out = _summed((weight / _gathered(safe, dst, acc))[..., None] * value, dst, n)
+    out = _summed((weight / _gathered(safe, dst, acc))[..., None] * value, dst)
     lse = torch.where(some, top + safe.log(), -torch.inf)
     return out.to(q.dtype), lse, edge.to(q.dtype)
 
 
-def _gathered(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """x[index]; the gradient of a row, a sum over as many edges as a node has, is accumulated in float64."""
-    return x.double()[index].to(dtype)
+def _index(graph: Graph, n_slots: int) -> Index:
+    ptr, dst = graph.rowptr.long(), graph.dst()[:n_slots].long()
+    if torch.compiler.is_compiling():  # the number of pieces is not known then
+        return Index(dst, torch.arange(graph.n_dst, device=dst.device), graph.n_dst)
+    count = (ptr[1:] - ptr[:-1] + PIECE - 1) // PIECE
+    first = torch.cumsum(count, 0) - count
+    place = torch.arange(n_slots, device=dst.device) - ptr[dst]
+    owner = torch.repeat_interleave(torch.arange(graph.n_dst, device=dst.device), count)
+    return Index(first[dst] + place // PIECE, owner, graph.n_dst)
 
 
-def _summed(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    """The sums of the rows of x by index, accumulated in float64."""
-    sums = torch.zeros(rows, *x.shape[1:], dtype=torch.float64, device=x.device)
-    return sums.index_add(0, index, x.double()).to(x.dtype)
+def _gathered(x: Tensor, index: Index, dtype: torch.dtype) -> Tensor:
+    """The row of x of each slot; its gradient, a sum over as many edges as a node has, is accumulated in
+    float64, piece by piece."""
+    return x.double()[index.node][index.piece].to(dtype)
+
+
+def _summed(x: Tensor, index: Index) -> Tensor:
+    """The sums of the rows of x over the slots of each node, in float64, piece by piece."""
+    sums = torch.zeros(len(index.node), *x.shape[1:], dtype=torch.float64, device=x.device)
+    sums = sums.index_add(0, index.piece, x.double())
+    total = torch.zeros(index.nodes, *x.shape[1:], dtype=torch.float64, device=x.device)
+    return total.index_add(0, index.node, sums).to(x.dtype)
