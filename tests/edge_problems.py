@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rule import TRAINED, Results, accumulator, widened
@@ -194,7 +194,8 @@ def run(problem: Problem, tensors: dict[str, Tensor], backend: str | None = None
     edges = {n: x for n, x in tensors.items() if n in ALL}
     if p.tied:
         edges["edge_v"] = edges["edge_k"]
-    found = edge_attention(
+    attend: Any = edge_attention
+    found = attend(
         *(tensors[n] for n in "qkv"),
         p.listed.graph.to(device),
         **edges,

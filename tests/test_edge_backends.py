@@ -94,15 +94,20 @@ def test_edges_of_segments_are_segment_attention(name: str, backend: str) -> Non
     leaves = [torch.randn(s, dtype=torch.float64).float().to(device).requires_grad_() for s in shapes]
     graph = Graph.from_segments(made).to(device)
     results = []
+    edges, voxels = (_any(f) for f in (edge_attention, voxel_attention))
     for found in (
-        edge_attention(*leaves, graph, return_lse=True, backend=backend),
-        voxel_attention(*(x.cpu() for x in leaves), made, return_lse=True, backend="reference"),
+        edges(*leaves, graph, return_lse=True, backend=backend),
+        voxels(*(x.cpu() for x in leaves), made, return_lse=True, backend="reference"),
     ):
         out, lse = (x.cpu() for x in found)
         grads = torch.autograd.grad((out.sin().sum() + lse.clamp_min(-9).sum()), leaves)
         results.append([out, lse, *(g.cpu() for g in grads)])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def _any(function: Any) -> Any:
+    return function
 
 
 def normal(*shape: int) -> Tensor:
@@ -187,7 +192,7 @@ def test_gradients_of_the_reference(mode: str) -> None:
     def function(q: Any, k: Any, v: Any, *edges: Any) -> Any:
         names = ("edge_k", "edge_v", "edge_mul", "edge_gate", "edge_bias")
         options: Any = dict(zip(names, edges))
-        more = {"return_lse": True} if mode != "gate" else {}
+        more: Any = {"return_lse": True} if mode != "gate" else {}
         return edge_attention(
             q, k, v, graph, **options, mode=mode, clamp=3.0, return_edge=True, backend="reference", **more
         )
@@ -207,7 +212,7 @@ def test_wide_slot_numbers() -> None:
     edges: Any = {n: tensors[n] for n in ("edge_k", "edge_v", "edge_mul", "edge_gate", "edge_bias")}
     found = []
     for g in (graph, wide):
-        out = edge_attention(*(tensors[n] for n in "qkv"), g, **edges, backend="cpu")
+        out = _any(edge_attention)(*(tensors[n] for n in "qkv"), g, **edges, backend="cpu")
         assert isinstance(out, Tensor)
         found.append([out, *torch.autograd.grad(out.sum(), list(tensors.values()))])
     assert wide.reverse().rev.dtype == torch.int64

@@ -47,7 +47,8 @@ def test_compile_without_graph_break(backend: str, compiler: str) -> None:
     compiled = torch.compile(function, fullgraph=True, backend=compiler)
     for edges in (60, 33):
         generator = torch.Generator().manual_seed(edges)
-        graph = Graph.from_coo(*torch.randint(0, 15, (2, edges), generator=generator), 15).to(device)
+        src, dst = torch.randint(0, 15, (2, edges), generator=generator)
+        graph = Graph.from_coo(src, dst, 15).to(device)
         graph.reverse()  # built outside of the compiled function
         given = [torch.randn(n, 2, 8, device=device, requires_grad=True) for n in (15, edges)]
         results = []
@@ -164,7 +165,8 @@ def test_wrong_indices_are_never_used() -> None:
     assert Graph.from_knn(torch.tensor([[5], [0]]), validate=False).col.tolist() == [1, 0]
 
 
-LONG = torch.zeros(2).long()
+LONG: Any = torch.zeros(2).long()
+LISTED: Any = [0]
 ERRORS: Any = [
     (
         lambda: Graph.from_coo(LONG + 3, LONG, 3),
@@ -175,7 +177,7 @@ ERRORS: Any = [
     (lambda: Graph.from_coo(LONG, LONG[:1], 3), ValueError, "src has 2 edges, dst has 1"),
     (lambda: Graph.from_coo(LONG.float(), LONG, 3), TypeError, "src is torch.float32"),
     (lambda: Graph.from_coo(LONG[None], LONG, 3), ValueError, r"src has shape \[1, 2\]"),
-    (lambda: Graph.from_coo([0], LONG, 3), TypeError, "src is a list"),
+    (lambda: Graph.from_coo(LISTED, LONG, 3), TypeError, "src is a list"),
     (lambda: Graph.from_coo(LONG, LONG, -1), ValueError, "n_src is -1"),
     (lambda: Graph.from_coo(LONG, LONG, 2**31), ValueError, "n_src is 2147483648; it may be"),
     (lambda: Graph.from_coo(LONG, LONG, 0), ValueError, "src has 2 entries; there is nothing"),

@@ -48,7 +48,7 @@ def results(model: nn.Module, call: Callable[..., Any], given: list[Tensor]) -> 
     generator = torch.Generator().manual_seed(5)
     loss = sum((x * torch.randn(x.shape, generator=generator).to(x)).sum() for x in outputs)
     named = dict(model.named_parameters())
-    grads = torch.autograd.grad(loss, [*leaves, *named.values()])  # type: ignore[arg-type]
+    grads = torch.autograd.grad(loss, [*leaves, *named.values()])
     found = {f"out{i}": x.detach() for i, x in enumerate(outputs)}
     names = [*(f"input{i}" for i in range(len(leaves))), *named]
     return found | dict(zip(names, grads))

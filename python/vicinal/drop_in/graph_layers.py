@@ -38,7 +38,8 @@ class FusedGraphWiseAttention(GraphWiseAttention):
     def forward(self, h: Tensor, batch: Tensor) -> Tensor:  # type: ignore[override]
         made = segments.from_batch(batch, int(batch.max()) + 1 if len(batch) else 0)
         qkv = F.linear(h, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.num_heads, -1))
-        out = voxel_attention(*qkv.unbind(1), made)
+        q, k, v = qkv.unbind(1)
+        out = voxel_attention(q, k, v, made)
         assert isinstance(out, Tensor)
         return self.out_proj(out.flatten(1))
 
