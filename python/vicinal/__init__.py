@@ -3,6 +3,7 @@
 from vicinal import nn, segments
 from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
+from vicinal.delta import delta_rule_attention, delta_rule_step
 from vicinal.drop_in import accelerate, restore
 from vicinal.edge import Graph, edge_attention
 from vicinal.edge_lists import gather_attention, segment_softmax, topk_attention, vector_attention
@@ -23,7 +24,13 @@ from vicinal.neighborhood_decode import RingKVCache, sliding_window_decode
 from vicinal.neighborhood_slots import neighborhood_aggregate, neighborhood_scores
 from vicinal.segments import SegmentGroups, Segments
 from vicinal.voxel import ContextTable, KeyBias, RelTable, Rope3D, voxel_attention
-from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
+from vicinal.windowed import (
+    RelativeBias,
+    Windows,
+    transformer_xl,
+    windowed_attention,
+    windowed_attention_qkvpacked,
+)
 
 __all__ = [
     "ContextTable",
@@ -42,6 +49,8 @@ __all__ = [
     "Windows",
     "__version__",
     "accelerate",
+    "delta_rule_attention",
+    "delta_rule_step",
     "edge_attention",
     "ema_scan",
     "explain",
@@ -63,6 +72,7 @@ __all__ = [
     "segments",
     "sliding_window_decode",
     "topk_attention",
+    "transformer_xl",
     "vector_attention",
     "voxel_attention",
     "windowed_attention",

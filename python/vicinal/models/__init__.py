@@ -37,13 +37,23 @@ from vicinal.models.configs_neighborhood import (
     nat_small,
     nat_tiny,
 )
+from vicinal.models.configs_sequences import hnet_test, hnet_two_stage, lra_test, lra_text
 from vicinal.models.cswin import CSWinConfig, CSWinTransformer
 from vicinal.models.dformer import DFormer, DFormerConfig
 from vicinal.models.dinat import DiNAT, DiNATConfig
 from vicinal.models.dinat_keys import official_dinat_state_dict
+from vicinal.models.dlgsanet import ChannelAttention, DLGSABlock, DynamicLocalAttention
 from vicinal.models.ecoformer import EcoFormer, EcoFormerConfig
 from vicinal.models.graph_layers import GatedGCN, GPSLayer, GraphTransformerLayer, HCMTEdgeLayer
+from vicinal.models.hnet import HNet, HNetConfig
+from vicinal.models.ifactformer import FactorizedAttention
+from vicinal.models.lmuformer import LegendreMemory, SpikingSelfAttention
+from vicinal.models.lra import LRAConfig, TextClassifier
+from vicinal.models.mamba2 import Mamba2Config, Mamba2Mixer
 from vicinal.models.mossformer2 import MossFormer2, MossFormer2Config
+from vicinal.models.performer import PerformerAttention
+from vicinal.models.point_ssm import PointSSM, PointSSMLayer
+from vicinal.models.sret import RecursiveBlock, SlicedAttention
 from vicinal.models.swin import SwinConfig, SwinTransformer
 from vicinal.models.swin_keys import official_state_dict
 
@@ -52,21 +62,38 @@ __all__ = [
     "CSWinTransformer",
     "CausalLM",
     "CausalLMConfig",
+    "ChannelAttention",
     "DFormer",
     "DFormerConfig",
+    "DLGSABlock",
     "DiNAT",
     "DiNATConfig",
+    "DynamicLocalAttention",
     "EcoFormer",
     "EcoFormerConfig",
+    "FactorizedAttention",
     "GPSLayer",
     "GatedGCN",
     "GraphTransformerLayer",
     "HCMTEdgeLayer",
+    "HNet",
+    "HNetConfig",
+    "LRAConfig",
+    "LegendreMemory",
+    "Mamba2Config",
+    "Mamba2Mixer",
     "MossFormer2",
     "MossFormer2Config",
+    "PerformerAttention",
+    "PointSSM",
+    "PointSSMLayer",
+    "RecursiveBlock",
     "Scope",
+    "SlicedAttention",
+    "SpikingSelfAttention",
     "SwinConfig",
     "SwinTransformer",
+    "TextClassifier",
     "causal_lm_test",
     "cswin_base",
     "cswin_small",
@@ -83,6 +110,10 @@ __all__ = [
     "dinat_tiny",
     "ecoformer_pvt_v2_b0",
     "ecoformer_test",
+    "hnet_test",
+    "hnet_two_stage",
+    "lra_test",
+    "lra_text",
     "masformer",
     "meshtron",
     "mossformer2",
