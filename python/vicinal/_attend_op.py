@@ -57,8 +57,10 @@ Plans = Callable[[str, Tensor, Tensor, str], Sequence[tuple[int, int, Plan]]]
 
 def _fake_forward(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     q, v = tensors[0], tensors[2]
-    rows = q.shape[:-1]
-    return q.new_empty((*rows, v.shape[-1])), q.new_empty(rows, dtype=accumulator(q.dtype))
+    rows, dtype, device = q.shape[:-1], q.dtype, q.device
+    # torch.empty takes a third of the time of new_empty
+    out = torch.empty((*rows, v.shape[-1]), dtype=dtype, device=device)
+    return out, torch.empty(rows, dtype=accumulator(dtype), device=device)
 
 
 def _fake_backward(
