@@ -144,7 +144,8 @@ struct Ranges {
   }
   // Packs row i of n, at t's token tokens[i]. Rows lie apart, so each is asked for some rows before its turn.
   template <class Pack>
-  void pack_rows(const Rows& t, int32_t h, const int32_t* tokens, int32_t n, int32_t d, const Pack& pack) const {
+  void pack_rows(const Rows& t, int32_t h, const int32_t* tokens, int32_t n, int32_t d,
+                 const Pack& pack) const {
     constexpr int32_t kEarly = 16;
     const S* base = row_of<S>(t, b, 0, h);
     for (int32_t i = 0; i < n; ++i) {
@@ -175,7 +176,8 @@ struct Ranges {
   }
 
   template <int kWrite>
-  [[gnu::always_inline]] static void prefetch(const Rows& t, int64_t batch, int64_t token, int32_t h, int32_t d) {
+  [[gnu::always_inline]] static void prefetch(const Rows& t, int64_t batch, int64_t token, int32_t h,
+                                              int32_t d) {
     if (!t.data) return;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(row_of<S>(t, batch, token, h)),
                     end = begin + sizeof(S) * static_cast<uint32_t>(d);

@@ -11,8 +11,8 @@
 
 namespace vicinal::VICINAL_ISA {
 
-// Queries of a block at most: their scores against 256 keys fit the second-level cache. Forward, with 32 KB of
-// first-level cache, half as many: scores, bias, Q^T, keys and values of 7 x 7 windows stay there.
+// Queries of a block at most: their scores against 256 keys fit the second-level cache. Forward, with 32 KB
+// of first-level cache, half as many: scores, bias, Q^T, keys and values of 7 x 7 windows stay there.
 constexpr int kBlockQueries = 64;
 #if defined(__AVX512F__)
 constexpr int kForwardQueries = 64;
@@ -289,8 +289,7 @@ struct Block {
   // S of the block, complete with every term: after pack_queries into q and q_rows.
   void scores(int32_t h, T tail_factor) {
     const T* init = bias ? bias_of(h) + q0 : nullptr;
-    gemm_rows(Gemm<T>{k, Dp, q, kMost, init, q_most, s, kMost, &ahead, k_rows}, now->nk, D,
-              vectors);
+    gemm_rows(Gemm<T>{k, Dp, q, kMost, init, q_most, s, kMost, &ahead, k_rows}, now->nk, D, vectors);
     for (int32_t u = 0; u < tails; ++u) {
       const int32_t c = column_of_tail(u);
       dots(k_rows, k, D, q_rows + int64_t(c) * Dp, tail_factor, s + c);

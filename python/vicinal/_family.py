@@ -96,9 +96,9 @@ def define(
 
 
 def unobserved(tensors: Sequence[Any]) -> bool:
-    """Whether an op of these tensors would do no more than run its implementation: nothing traces, transforms,
-    intercepts or profiles it, and they are ordinary tensors on the CPU. Dispatch takes longer than a small
-    window."""
+    """Whether an op of these tensors would do no more than run its implementation: nothing traces,
+    transforms, intercepts or profiles it, and they are ordinary tensors on the CPU. Dispatch takes longer
+    than the kernel of a small window."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
