@@ -27,13 +27,20 @@ _ADAPTER_MODULES = {
     "vicinal.models.dinat": "vicinal.drop_in.dinat",
     "vicinal.models.dformer": "vicinal.drop_in.dformer",
     "vicinal.models.causal_lm": "vicinal.drop_in.causal_lm",
+    "vicinal.models.mamba2": "vicinal.drop_in.mamba2",
+    "vicinal.models.hnet": "vicinal.drop_in.hnet",
+    "vicinal.models.performer": "vicinal.drop_in.performer",
+    "vicinal.models.lra": "vicinal.drop_in.lra",
     "natten.modules": "vicinal.drop_in.natten_modules",
     "timm.models.swin_transformer": "vicinal.drop_in.timm_swin",
+    "timm.models.efficientvit_mit": "vicinal.drop_in.timm_efficientvit_mit",
+    "torch_geometric.nn": "vicinal.drop_in.geometric_gps",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
     "transformers.models.dinat.modeling_dinat": "vicinal.drop_in.transformers_dinat",
+    "transformers.models.mamba2.modeling_mamba2": "vicinal.drop_in.transformers_mamba2",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
 }
-FAMILIES = ("windowed", "neighborhood", "linear")
+FAMILIES = ("windowed", "neighborhood", "linear", "voxel")
 
 
 @cache
@@ -50,14 +57,15 @@ def _adapters() -> Iterator[Adapter]:
 def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_run: bool = False) -> Report:
     """Replace the attention of every module that is recognised, in place.
 
-    Known are the blocks of vicinal's own reference models, of Swin in timm, torchvision and transformers, of
-    Dinat in transformers, and the modules of natten from 0.20 on.
+    Known are vicinal's own reference models; Swin in timm, torchvision and transformers; EfficientViT's
+    linear attention in timm; Dinat and the Mamba-2 mixer in transformers; the global attention of GPS in
+    torch_geometric; the modules of natten from 0.20 on.
     A block computes the same function as before, with one fused operation in the place of roll, pad,
     partition, mask and softmax.
 
     Args:
         model: any module; it is changed in place unless `dry_run`.
-        families: which families to use, of "windowed", "neighborhood" and "linear"; None for all.
+        families: which families to use, of "windowed", "neighborhood", "linear" and "voxel"; None for all.
         dry_run: only report what would happen.
 
     Returns:
@@ -87,8 +95,8 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
             continue
         cls = type(module)
         adapter = by_original.get(cls)
-        if adapter is not None:
-            inside.update(module.modules())
+        if adapter is not None and adapter.applies(module):
+            inside.update(adapter.covers(module))
             refusal = _refusal(adapter, module, asked)
             rows.append(Row(name, cls, None if refusal else adapter.accelerated, refusal or adapter.what))
             if not refusal and not dry_run:
@@ -96,7 +104,7 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
         elif cls in accelerated:
             inside.update(module.modules())
             rows.append(Row(name, cls, None, "it is accelerated already"))
-        elif reason := _unknown(module, tuple(by_original)):
+        elif adapter is None and (reason := _unknown(module, tuple(by_original))):
             rows.append(Row(name, cls, None, reason))
     return Report(tuple(rows))
 
