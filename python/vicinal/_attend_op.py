@@ -290,11 +290,10 @@ def _finish(grads: list[Tensor | None], tensors: tuple[Any, ...], packed: bool) 
     q_scale."""
     bias, q_scale, extra_k, extra_v = tensors[3], tensors[4], tensors[6], tensors[7]
     dq, dk, dv, dbias, dextra_k, dextra_v = grads
-    if packed:
-        parts = dq.unbind(-3) if dq is not None else ()
-        dq_scale, dk_scale = (None, None) if q_scale is None else _scale_grads(parts, tensors)
-    else:
-        dq_scale, dk_scale = (None, None) if q_scale is None else _scale_grads((dq, dk), tensors)
+    dq_scale = dk_scale = None
+    if q_scale is not None:
+        parts = (dq.unbind(-3) if dq is not None else ()) if packed else (dq, dk)
+        dq_scale, dk_scale = _scale_grads(parts, tensors)
 
     def cast(grad: Tensor | None, like: Tensor | None) -> Tensor | None:
         return None if grad is None or like is None else grad.to(like.dtype)

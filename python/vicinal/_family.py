@@ -60,7 +60,7 @@ class Family:
 
 def empty_gradient(like: Tensor) -> Tensor:
     """Stands for "no gradient" in the fixed arity of a backward op."""
-    return like.new_empty(0)
+    return torch.empty(0, dtype=like.dtype, device=like.device)
 
 
 def define(
