@@ -1,4 +1,5 @@
-"""Command line: `python -m benchmarks` windowed, neighborhood, voxel, linear, joint, overhead or models."""
+"""Command line: `python -m benchmarks` windowed, neighborhood, voxel, linear, joint, overhead, layers or
+models."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from typing import Any
 
 import torch
 
-from . import joint, linear, models, neighborhood, overhead, table, voxel, windowed
+from . import joint, layers, linear, models, neighborhood, overhead, table, voxel, windowed
 from .results import Report, default_path, load
 
-FAMILIES = ("windowed", "neighborhood", "voxel", "linear", "joint", "overhead", "models")
+FAMILIES = ("windowed", "neighborhood", "voxel", "linear", "joint", "overhead", "layers", "models")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,6 +125,10 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
     if args.family == "joint":
         problems = joint.selected(args.problem, quick=args.quick, full=args.full)
         return joint.run(problems, linear_options(args), report)
+    if args.family == "layers":
+        return layers.run(
+            report, threads, args.seconds or (1.0 if args.quick else 6.0), args.quick, args.problem
+        )
     seconds = args.seconds or (2.0 if args.quick else 15.0)
     return models.run(report, threads, seconds, args.quick, args.problem)
 

@@ -269,6 +269,25 @@ def test_autocast_is_as_exact_as_the_original(name: str) -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("name", ["mamba2", "past", "average", "lra-elu1", "performer-alone"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_short_types_are_as_exact_as_the_original(name: str, dtype: torch.dtype) -> None:
+    build, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer = redraw(build()).to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    exact, plain = gradients(double(layer), x.double()), gradients(layer, x)
+    assert vicinal.accelerate(layer).replaced
+    for key, value in gradients(layer, x).items():
+        if plain[key].isnan().any():  # the features' sums leave the range of the plain ones
+            assert (name, dtype) == ("performer-alone", torch.float16)
+            assert rms_ratio(value, exact[key]) <= 2e-3, key
+            continue
+        bound = 2 * rms_ratio(plain[key], exact[key]) + 4 * torch.finfo(dtype).eps
+        assert rms_ratio(value, exact[key]) <= bound, key
+
+
+@needs_cpu
 @pytest.mark.parametrize("name", ["lra-favor", "lra-longformer"])
 def test_compiled_in_one_graph(name: str) -> None:
     model, x = make(name)

@@ -44,7 +44,7 @@ def check_windows(windows: Windows) -> None:
     _check_groups(windows)
     for name in ("q_size", "kv_size"):
         if getattr(windows, name) is not None:
-            _sizes(name, getattr(windows, name), 1, False)
+            _sizes(name, getattr(windows, name), 1, name == "q_size")
     shifted = _shifted(windows)
     if shifted and windows.partition != "block":
         raise ValueError(f"shift is {windows.shift!r}; partition {windows.partition!r} takes only 0")

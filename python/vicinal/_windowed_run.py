@@ -100,16 +100,25 @@ def problem_key(call: Call) -> _choice.Key:
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, qkv: Tensor | None, windows: Any, options: tuple[Any, ...], backend: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qkv: Tensor | None,
+    windows: Any,
+    options: tuple[Any, ...],
+    backend: Any,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse. qkv: the packed tensor whose views q, k and v are, or None. options: as Call has them."""
+    """out and lse. qkv: the packed tensor whose views q, k and v are, or None. options: as Call has them.
+    seed: of the dropout; drawn unless given."""
     key = _signature(q, k, v, windows, options, backend)
     known = _settled.get(key)
     if known is not None:
         return _settled.run(known, q, k, v, qkv, options[0])
     call = prepare(q, k, v, windows, *options)
     chosen = _choice.choose(problem_key(call), backend)
-    seed = shared.draw_seed(call.dropout_p, call.q.device)
+    if seed is None:
+        seed = shared.draw_seed(call.dropout_p, call.q.device)
     if chosen == "reference":
         return run_reference(call, seed)
     if key is not None:

@@ -10,6 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vicinal._multihead import MultiheadAttention
+from vicinal._multihead_local import (
+    LinearMultiheadAttention,
+    NeighborhoodMultiheadAttention,
+    WindowedMultiheadAttention,
+)
 from vicinal._neighborhood_nn import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
@@ -21,12 +27,16 @@ from vicinal.windowed import RelativeBias, Windows, windowed_attention_qkvpacked
 
 __all__ = [
     "AgentAttention",
+    "LinearMultiheadAttention",
     "LinformerAttention",
+    "MultiheadAttention",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "NeighborhoodMultiheadAttention",
     "SegmentMultiheadAttention",
     "WindowedAttention",
+    "WindowedMultiheadAttention",
     "packed_windowed_attention",
 ]
 

@@ -42,12 +42,17 @@ from vicinal.models.cswin import CSWinConfig, CSWinTransformer
 from vicinal.models.dformer import DFormer, DFormerConfig
 from vicinal.models.dinat import DiNAT, DiNATConfig
 from vicinal.models.dinat_keys import official_dinat_state_dict
+from vicinal.models.dlgsanet import ChannelAttention, DLGSABlock, DynamicLocalAttention
 from vicinal.models.ecoformer import EcoFormer, EcoFormerConfig
 from vicinal.models.hnet import HNet, HNetConfig
+from vicinal.models.ifactformer import FactorizedAttention
+from vicinal.models.lmuformer import LegendreMemory, SpikingSelfAttention
 from vicinal.models.lra import LRAConfig, TextClassifier
 from vicinal.models.mamba2 import Mamba2Config, Mamba2Mixer
 from vicinal.models.mossformer2 import MossFormer2, MossFormer2Config
 from vicinal.models.performer import PerformerAttention
+from vicinal.models.point_ssm import PointSSM, PointSSMLayer
+from vicinal.models.sret import RecursiveBlock, SlicedAttention
 from vicinal.models.swin import SwinConfig, SwinTransformer
 from vicinal.models.swin_keys import official_state_dict
 
@@ -56,21 +61,31 @@ __all__ = [
     "CSWinTransformer",
     "CausalLM",
     "CausalLMConfig",
+    "ChannelAttention",
     "DFormer",
     "DFormerConfig",
+    "DLGSABlock",
     "DiNAT",
     "DiNATConfig",
+    "DynamicLocalAttention",
     "EcoFormer",
     "EcoFormerConfig",
+    "FactorizedAttention",
     "HNet",
     "HNetConfig",
     "LRAConfig",
+    "LegendreMemory",
     "Mamba2Config",
     "Mamba2Mixer",
     "MossFormer2",
     "MossFormer2Config",
     "PerformerAttention",
+    "PointSSM",
+    "PointSSMLayer",
+    "RecursiveBlock",
     "Scope",
+    "SlicedAttention",
+    "SpikingSelfAttention",
     "SwinConfig",
     "SwinTransformer",
     "TextClassifier",
