@@ -1,5 +1,4 @@
-"""Command line: `python -m benchmarks` windowed, neighborhood, voxel, linear, joint, overhead, layers or
-models."""
+"""Command line: `python -m benchmarks` and a family, such as windowed, mha or models."""
 
 from __future__ import annotations
 
@@ -12,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import joint, layers, linear, models, neighborhood, overhead, table, voxel, windowed
+from . import joint, layers, linear, mha, models, neighborhood, overhead, table, voxel, windowed
 from .results import Report, default_path, load
 
-FAMILIES = ("windowed", "neighborhood", "voxel", "linear", "joint", "overhead", "layers", "models")
+FAMILIES = ("windowed", "neighborhood", "voxel", "linear", "joint", "mha", "overhead", "layers", "models")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -125,6 +124,9 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
     if args.family == "joint":
         problems = joint.selected(args.problem, quick=args.quick, full=args.full)
         return joint.run(problems, linear_options(args), report)
+    if args.family == "mha":
+        seconds = args.seconds or (1.0 if args.quick else 4.0)
+        return mha.run(report, threads, seconds, tuple(args.dtype), args.quick, args.problem)
     if args.family == "layers":
         return layers.run(
             report, threads, args.seconds or (1.0 if args.quick else 6.0), args.quick, args.problem
