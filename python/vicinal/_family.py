@@ -153,7 +153,7 @@ def autograd_function(
     ) -> tuple[Tensor, ...]:
         call = IMPLEMENTATIONS[forward, backend] if unobserved(tensors) else getattr(fwd, backend)
         split = (*tensors[0].unbind(-3), *tensors[3:]) if packed else tensors
-        outputs = call(*split, *options)
+        outputs: Any = call(*split, *options)
         return (outputs,) if len(family.outputs) == 1 else outputs
 
     def save(ctx: Any, settings: tuple[Any, ...], tensors: Sequence[Any], outputs: Sequence[Tensor]) -> None:
