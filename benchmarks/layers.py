@@ -23,6 +23,7 @@ from vicinal.models.hnet import HNetAttention
 from vicinal.models.lra import ClassifierBlock
 from vicinal.models.mamba2 import Packing
 
+from . import torchvision_operators
 from .measure import Contender, interleave, median, ratios
 from .results import Report, Result
 from .table import number
@@ -71,6 +72,7 @@ def gps() -> nn.Module:
 
 
 def lite_mla(width: int) -> nn.Module:
+    torchvision_operators.declare()
     block = importlib.import_module("timm.models.efficientvit_mit").EfficientVitBlock(width, head_dim=16)
     assert isinstance(block, nn.Module)
     return block
