@@ -406,6 +406,19 @@ def test_performer_against_its_release() -> None:
         assert rms_ratio(ours(x, ends_of()), torch.cat(alone)) < 1e-5
 
 
+@needs_cpu
+def test_many_graphs_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = redraw(Graphs())
+    x = torch.randn(200, 52)
+    exact = gradients(double(layer), x.double())
+    monkeypatch.setattr("vicinal.drop_in.performer.IN_CACHE", 50)
+    vicinal.accelerate(layer)
+    with CountOps() as counter:
+        found = gradients(layer, x)
+    assert counter.calls == {"vicinal.linear_fwd.cpu": 3, "vicinal.linear_bwd.cpu": 3}
+    assert_same(found, exact, 1e-4)
+
+
 def test_ratio_loss_is_least_at_its_ratio() -> None:
     model = redraw(HNet(hnet_test()))
     _, (outer, inner) = model.route(torch.randint(256, (200,)), ends_of())

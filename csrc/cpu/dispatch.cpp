@@ -7,6 +7,7 @@
 #include <string>
 
 #include "attend.h"
+#include "context.h"
 #include "hash.h"
 #include "huge_pages.h"
 #include "joint.h"
@@ -18,6 +19,8 @@
   namespace vicinal::isa {                            \
   void attend_fwd(const AttendFwd& p, int threads);   \
   void attend_bwd(const AttendBwd& p, int threads);   \
+  void context_fwd(const ContextFwd& p, int threads); \
+  void context_bwd(const ContextBwd& p, int threads); \
   void linear_fwd(const LinearFwd& p, int threads);   \
   void linear_bwd(const LinearBwd& p, int threads);   \
   void linear_step(const LinearStep& p, int threads); \
@@ -38,6 +41,8 @@ struct Entry {
   const char* name;
   void (*attend_fwd)(const AttendFwd&, int);
   void (*attend_bwd)(const AttendBwd&, int);
+  void (*context_fwd)(const ContextFwd&, int);
+  void (*context_bwd)(const ContextBwd&, int);
   void (*linear_fwd)(const LinearFwd&, int);
   void (*linear_bwd)(const LinearBwd&, int);
   void (*linear_step)(const LinearStep&, int);
@@ -48,9 +53,20 @@ struct Entry {
   double (*fma_probe)(double, int);
 };
 
-#define ENTRY(isa)                                                                                       \
-  {#isa,           isa::attend_fwd, isa::attend_bwd, isa::linear_fwd, isa::linear_bwd, isa::linear_step, \
-   isa::joint_fwd, isa::joint_bwd,  isa::hash_fwd,   isa::hash_bwd,   isa::fma_probe},
+#define ENTRY(isa)   \
+  {#isa,             \
+   isa::attend_fwd,  \
+   isa::attend_bwd,  \
+   isa::context_fwd, \
+   isa::context_bwd, \
+   isa::linear_fwd,  \
+   isa::linear_bwd,  \
+   isa::linear_step, \
+   isa::joint_fwd,   \
+   isa::joint_bwd,   \
+   isa::hash_fwd,    \
+   isa::hash_bwd,    \
+   isa::fma_probe},
 constexpr Entry kEntries[] = {VICINAL_FOR_EACH_ISA(ENTRY)};
 #undef ENTRY
 
@@ -147,6 +163,8 @@ void attend_bwd(const AttendBwd& p, int threads) {
   current().attend_bwd(p, threads);
 }
 
+void context_fwd(const ContextFwd& p, int threads) { current().context_fwd(p, threads); }
+void context_bwd(const ContextBwd& p, int threads) { current().context_bwd(p, threads); }
 void linear_fwd(const LinearFwd& p, int threads) { current().linear_fwd(p, threads); }
 void linear_bwd(const LinearBwd& p, int threads) { current().linear_bwd(p, threads); }
 void linear_step(const LinearStep& p, int threads) { current().linear_step(p, threads); }

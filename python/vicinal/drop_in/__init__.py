@@ -25,6 +25,8 @@ _ADAPTER_MODULES = {
     "torch.nn.modules.activation": "vicinal.drop_in.torch_multihead",
     "vicinal.models.swin": "vicinal.drop_in.swin",
     "vicinal.models.cswin": "vicinal.drop_in.cswin",
+    "vicinal.models.vitdet": "vicinal.drop_in.vitdet",
+    "vicinal.models.condaformer": "vicinal.drop_in.condaformer",
     "vicinal.models.ecoformer": "vicinal.drop_in.ecoformer",
     "vicinal.models.mossformer2": "vicinal.drop_in.mossformer2",
     "vicinal.models.dinat": "vicinal.drop_in.dinat",

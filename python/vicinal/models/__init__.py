@@ -1,6 +1,7 @@
 """Reference models in plain PyTorch, from the papers' formulas; `vicinal.accelerate` makes them fast."""
 
 from vicinal.models.causal_lm import CausalLM, CausalLMConfig, Scope
+from vicinal.models.condaformer import ConDaFormerConfig, ConDaFormerStage
 from vicinal.models.configs import (
     cswin_base,
     cswin_small,
@@ -43,6 +44,7 @@ from vicinal.models.cswin import CSWinConfig, CSWinTransformer
 from vicinal.models.dformer import DFormer, DFormerConfig
 from vicinal.models.dinat import DiNAT, DiNATConfig
 from vicinal.models.dinat_keys import official_dinat_state_dict
+from vicinal.models.dit3d import DiT3D, DiT3DConfig
 from vicinal.models.dlgsanet import ChannelAttention, DLGSABlock, DynamicLocalAttention
 from vicinal.models.dsvt import DSVT, DSVTConfig
 from vicinal.models.ecoformer import EcoFormer, EcoFormerConfig
@@ -59,6 +61,7 @@ from vicinal.models.point_ssm import PointSSM, PointSSMLayer
 from vicinal.models.sret import RecursiveBlock, SlicedAttention
 from vicinal.models.swin import SwinConfig, SwinTransformer
 from vicinal.models.swin_keys import official_state_dict
+from vicinal.models.vitdet import WindowBlock
 
 __all__ = [
     "DSVT",
@@ -67,12 +70,16 @@ __all__ = [
     "CausalLM",
     "CausalLMConfig",
     "ChannelAttention",
+    "ConDaFormerConfig",
+    "ConDaFormerStage",
     "DFormer",
     "DFormerConfig",
     "DLGSABlock",
     "DSVTConfig",
     "DiNAT",
     "DiNATConfig",
+    "DiT3D",
+    "DiT3DConfig",
     "DynamicLocalAttention",
     "EcoFormer",
     "EcoFormerConfig",
@@ -98,6 +105,7 @@ __all__ = [
     "SwinConfig",
     "SwinTransformer",
     "TextClassifier",
+    "WindowBlock",
     "causal_lm_test",
     "cswin_base",
     "cswin_small",
