@@ -133,6 +133,15 @@ class OnceDifferentiable(torch.autograd.Function):
         )
 
 
+def _distinct(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """A view of each tensor that was there before: Dynamo refuses one tensor as two inputs."""
+    found: list[Any] = []
+    for t in tensors:
+        again = t is not None and any(t is other for other in found)
+        found.append(t.view_as(t) if again else t)
+    return tuple(found)
+
+
 def autograd_function(
     family: Family, finish: Callable[..., list[Tensor | None]]
 ) -> Callable[..., tuple[Tensor, ...]]:
@@ -231,6 +240,8 @@ def autograd_function(
             return Transformable.apply(backend, packed, options, *tensors)
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
             return run(backend, packed, options, tensors)
+        if torch.compiler.is_compiling():
+            tensors = _distinct(tensors)
         return Differentiable.apply(backend, packed, options, *tensors)
 
     return apply
