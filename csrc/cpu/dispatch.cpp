@@ -8,6 +8,7 @@
 
 #include "attend.h"
 #include "context.h"
+#include "edge.h"
 #include "hash.h"
 #include "huge_pages.h"
 #include "joint.h"
@@ -28,6 +29,8 @@
   void joint_bwd(const JointBwd& p, int threads);     \
   void hash_fwd(const HashFwd& p, int threads);       \
   void hash_bwd(const HashBwd& p, int threads);       \
+  void edge_fwd(const EdgeFwd& p, int threads);       \
+  void edge_bwd(const EdgeBwd& p, int threads);       \
   double fma_probe(double seconds, int threads);      \
   }
 VICINAL_FOR_EACH_ISA(DECLARE)
@@ -50,6 +53,8 @@ struct Entry {
   void (*joint_bwd)(const JointBwd&, int);
   void (*hash_fwd)(const HashFwd&, int);
   void (*hash_bwd)(const HashBwd&, int);
+  void (*edge_fwd)(const EdgeFwd&, int);
+  void (*edge_bwd)(const EdgeBwd&, int);
   double (*fma_probe)(double, int);
 };
 
@@ -66,6 +71,8 @@ struct Entry {
    isa::joint_bwd,   \
    isa::hash_fwd,    \
    isa::hash_bwd,    \
+   isa::edge_fwd,    \
+   isa::edge_bwd,    \
    isa::fma_probe},
 constexpr Entry kEntries[] = {VICINAL_FOR_EACH_ISA(ENTRY)};
 #undef ENTRY
@@ -172,6 +179,27 @@ void joint_fwd(const JointFwd& p, int threads) { current().joint_fwd(p, threads)
 void joint_bwd(const JointBwd& p, int threads) { current().joint_bwd(p, threads); }
 void hash_fwd(const HashFwd& p, int threads) { current().hash_fwd(p, threads); }
 void hash_bwd(const HashBwd& p, int threads) { current().hash_bwd(p, threads); }
+
+void edge_fwd(const EdgeFwd& p, int threads) {
+  const Edge& a = p.a;
+  const int64_t size = bytes_of(a.dtype);
+  advise_huge(Span::of(p.out, 1, a.graph.n_dst, a.heads, a.dim_v, size));
+  advise_huge(Span::of(p.edge, 1, a.edges, a.heads, a.dim, size));
+  current().edge_fwd(p, threads);
+}
+
+void edge_bwd(const EdgeBwd& p, int threads) {
+  const Edge& a = p.a;
+  const int64_t size = bytes_of(a.dtype);
+  advise_huge(Span::of(p.dq, 1, a.graph.n_dst, a.heads, a.dim, size));
+  advise_huge(Span::of(p.dk, 1, a.graph.n_src, a.heads, a.dim, size));
+  advise_huge(Span::of(p.dv, 1, a.graph.n_src, a.heads, a.dim_v, size));
+  for (const Rows& t : {p.dedge_k, p.dedge_mul}) advise_huge(Span::of(t, 1, a.edges, a.heads, a.dim, size));
+  for (const Rows& t : {p.dedge_v, p.dedge_gate})
+    advise_huge(Span::of(t, 1, a.edges, a.heads, a.dim_v, size));
+  current().edge_bwd(p, threads);
+}
+
 double fma_probe(double seconds, int threads) { return current().fma_probe(seconds, threads); }
 
 }  // namespace vicinal::cpu

@@ -35,6 +35,7 @@ _ADAPTER_MODULES = {
     "vicinal.models.flatformer": "vicinal.drop_in.flatformer",
     "vicinal.models.parts": "vicinal.drop_in.parts",
     "vicinal.models.causal_lm": "vicinal.drop_in.causal_lm",
+    "vicinal.models.graph_layers": "vicinal.drop_in.graph_layers",
     "vicinal.models.mamba2": "vicinal.drop_in.mamba2",
     "vicinal.models.hnet": "vicinal.drop_in.hnet",
     "vicinal.models.performer": "vicinal.drop_in.performer",
@@ -69,7 +70,7 @@ _ADAPTER_MODULES = {
     "transformers.models.swinv2.modeling_swinv2": "vicinal.drop_in.transformers_swinv2",
     "transformers.models.vitdet.modeling_vitdet": "vicinal.drop_in.transformers_vitdet",
 }
-FAMILIES = ("windowed", "neighborhood", "linear", "voxel", "multihead")
+FAMILIES = ("windowed", "neighborhood", "linear", "voxel", "edge", "multihead")
 
 
 @cache
@@ -93,8 +94,8 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
 
     Args:
         model: any module; it is changed in place unless `dry_run`.
-        families: which families to use, of "windowed", "neighborhood", "linear", "voxel" and "multihead";
-            None for all.
+        families: which families to use, of "windowed", "neighborhood", "linear", "voxel", "edge" and
+            "multihead"; None for all.
         dry_run: only report what would happen.
 
     Returns:

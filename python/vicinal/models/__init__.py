@@ -49,6 +49,7 @@ from vicinal.models.dlgsanet import ChannelAttention, DLGSABlock, DynamicLocalAt
 from vicinal.models.dsvt import DSVT, DSVTConfig
 from vicinal.models.ecoformer import EcoFormer, EcoFormerConfig
 from vicinal.models.flatformer import FlatFormer, FlatFormerConfig
+from vicinal.models.graph_layers import GatedGCN, GPSLayer, GraphTransformerLayer, HCMTEdgeLayer
 from vicinal.models.hnet import HNet, HNetConfig
 from vicinal.models.ifactformer import FactorizedAttention
 from vicinal.models.lmuformer import LegendreMemory, SpikingSelfAttention
@@ -86,6 +87,10 @@ __all__ = [
     "FactorizedAttention",
     "FlatFormer",
     "FlatFormerConfig",
+    "GPSLayer",
+    "GatedGCN",
+    "GraphTransformerLayer",
+    "HCMTEdgeLayer",
     "HNet",
     "HNetConfig",
     "LRAConfig",
