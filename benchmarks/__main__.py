@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw times and ratios")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="compare with an older result")
+    p.add_argument("--compile", action="store_true", help="whole models: also compiled by torch.compile")
     p.add_argument("--list", action="store_true", help="list the cases and stop")
     return p
 
@@ -132,7 +133,7 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
             report, threads, args.seconds or (1.0 if args.quick else 6.0), args.quick, args.problem
         )
     seconds = args.seconds or (2.0 if args.quick else 15.0)
-    return models.run(report, threads, seconds, args.quick, args.problem)
+    return models.run(report, threads, seconds, args.quick, args.problem, args.compile)
 
 
 def neighborhood_cases(args: argparse.Namespace) -> list[neighborhood.Case]:

@@ -53,13 +53,22 @@ _ADAPTER_MODULES = {
     "timm.models.twins": "vicinal.drop_in.timm_twins",
     "timm.models.levit": "vicinal.drop_in.timm_levit",
     "timm.models.efficientformer": "vicinal.drop_in.timm_efficientformer",
+    "timm.models.vision_transformer_sam": "vicinal.drop_in.timm_sam",
     "timm.models.efficientvit_mit": "vicinal.drop_in.timm_efficientvit_mit",
     "torch_geometric.nn": "vicinal.drop_in.geometric_gps",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
     "torchvision.models.video.swin_transformer": "vicinal.drop_in.torchvision_swin3d",
     "transformers.models.dinat.modeling_dinat": "vicinal.drop_in.transformers_dinat",
+    "transformers.models.donut.modeling_donut_swin": "vicinal.drop_in.transformers_donut",
+    "transformers.models.gemma2.modeling_gemma2": "vicinal.drop_in.transformers_sliding",
+    "transformers.models.longformer.modeling_longformer": "vicinal.drop_in.transformers_longformer",
     "transformers.models.mamba2.modeling_mamba2": "vicinal.drop_in.transformers_mamba2",
+    "transformers.models.maskformer.modeling_maskformer_swin": "vicinal.drop_in.transformers_donut",
+    "transformers.models.mistral.modeling_mistral": "vicinal.drop_in.transformers_sliding",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
+    "transformers.models.swin2sr.modeling_swin2sr": "vicinal.drop_in.transformers_swinv2",
+    "transformers.models.swinv2.modeling_swinv2": "vicinal.drop_in.transformers_swinv2",
+    "transformers.models.vitdet.modeling_vitdet": "vicinal.drop_in.transformers_vitdet",
 }
 FAMILIES = ("windowed", "neighborhood", "linear", "voxel", "edge", "multihead")
 
@@ -210,4 +219,6 @@ def _unknown(module: nn.Module, originals: tuple[type, ...]) -> str | None:
     if isinstance(module, originals):
         base = next(base for base in cls.__mro__ if base in originals)
         return f"a subclass of {base.__module__}.{base.__qualname__} may compute something else"
+    if any(isinstance(part, originals) for part in module.modules()):
+        return None  # what is inside has its row
     return f"no adapter for {cls.__module__}.{cls.__qualname__}" if looks else None
