@@ -2,6 +2,7 @@
 
 Attention alone ("attend") is gather, padded attention and scatter of the baselines against `voxel_attention`;
 "layer" adds the projections, which the padded form does for every slot; "build" is the index building.
+Attention along edges is measured too: see edge.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from vicinal import Segments, segments, voxel_attention
 from vicinal.nn import SegmentMultiheadAttention
 
+from . import edge
 from .measure import Contender, interleave, median, ratios
 from .results import Report, Result
 from .scenes import batch, scene
@@ -254,6 +256,8 @@ def run(
             yield from record(report, group, interleave(build(rows), **limits).contenders, {})
             group = f"voxel/dsvt-{rows // 1000}k/plans-of-block/{count}t"
             yield from record(report, group, interleave(block(rows, backend), **limits).contenders, {})
+        if backend in (None, "cpu"):
+            yield from edge.run(report, count, limits, dtypes, quick)
         for case in CASES:
             if quick and not case.quick:
                 continue
