@@ -19,8 +19,6 @@ from vicinal.distributed._exchange import route
 if not dist.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
 
-CASES = [name for name in vars(distributed_worker) if name.startswith("case_")]
-
 
 @pytest.fixture(scope="module", params=[2, 4])
 def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
@@ -40,7 +38,7 @@ def failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", distributed_worker.CASES)
 def test_equals_one_process(failures: dict[str, str], name: str) -> None:
     assert not failures[name], failures[name]
 

@@ -5,6 +5,7 @@ to what one process would compute of the whole, and so are the gradients. Every 
 part in each call and in its backward.
 """
 
+from ._dtensor import register_dtensor
 from ._linear import linear_attention
 from ._neighborhood import neighborhood_attention
 from ._voxel import SegmentPartition, partition_segments, voxel_attention
@@ -15,6 +16,7 @@ __all__ = [
     "linear_attention",
     "neighborhood_attention",
     "partition_segments",
+    "register_dtensor",
     "voxel_attention",
     "windowed_attention",
 ]
