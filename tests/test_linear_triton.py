@@ -43,15 +43,15 @@ def run_interpreted(select: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "select", ["quick_float32", "quick_float16 or quick_float64", "one_token or scan or mix or ops"]
+    "select", ["quick_float32", "quick_float16 or quick_float64 or one_token or scan or mix"]
 )
 def test_kernels_quick(select: str) -> None:
     run_interpreted(select)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("select", ["every_problem and float32", "every_problem and float16", "long"])
-def test_kernels_on_every_problem(select: str) -> None:
+@pytest.mark.parametrize("select", ["more", "long or wide", "ops"])
+def test_kernels_on_more_problems(select: str) -> None:
     run_interpreted(select)
 
 
