@@ -217,7 +217,9 @@ def test_dropout_bits_are_those_of_the_reference(problem: Problem, backend: str)
     shape = tensors["v"].shape
     tensors["v"] = unit.view(1, *shape[1:-2], 1, width).expand(shape).contiguous()
     got, expected = (run(problem, tensors, name)[0].detach() for name in (backend, "reference"))
-    assert torch.equal(got == 0, expected == 0)
+    tiny = torch.finfo(torch.float32).tiny  # a kernel may flush a weight below it
+    assert torch.equal(got >= tiny, expected >= tiny)
+    assert not got[expected == 0].any()
     torch.testing.assert_close(got, expected)
     plain = run(replace(problem, dropout_p=0.0), tensors, backend)[0].detach()
     assert not torch.equal(plain == 0, got == 0)

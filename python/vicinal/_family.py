@@ -170,13 +170,14 @@ def autograd_function(
         ctx.backend, ctx.packed, ctx.options = settings
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def differentiate(ctx: Any, *grads: Tensor | None, wrapped: bool = False) -> tuple[Any, ...]:
+        """wrapped: tensors may be those of a transform of torch.func, even after its end."""
         saved = ctx.saved_tensors
         outputs, tensors = saved[:n_saved], saved[n_saved:]
         split = (*tensors[0].unbind(-3), *tensors[3:]) if ctx.packed else tensors
         if grads[0] is None and 0 in places:
             grads = (torch.zeros_like(outputs[0]), *grads[1:])
-        direct = unobserved(saved) and unobserved(grads)
+        direct = not wrapped and unobserved(saved) and unobserved(grads)
         call = IMPLEMENTATIONS[backward, ctx.backend] if direct else getattr(bwd, ctx.backend)
         raw = call(*grads, *outputs, *split, *ctx.options, ctx.packed)
         found = [None if g.dim() == 1 and g.numel() == 0 else g for g in raw]
@@ -215,7 +216,7 @@ def autograd_function(
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-            return differentiate(ctx, *grads)
+            return differentiate(ctx, *grads, wrapped=True)
 
         @staticmethod
         def vmap(
