@@ -163,12 +163,15 @@ def rounded(values: dict[str, int]) -> dict[str, int]:
 
 
 def write_budgets(classes: Sequence[str]) -> None:
-    """Measures these classes anew and keeps the others."""
-    budgets = json.loads(BUDGETS.read_text())["configurations"] if BUDGETS.exists() else {}
-    budgets = {name: values for name, values in budgets.items() if name.split()[1] not in classes}
+    """Measures the kernels of attend anew in these classes and keeps the others."""
     for dtype_class in classes:
-        budgets |= measure(dtype_class)
-    budgets = {name: rounded(values) for name, values in budgets.items()}
+        merge_budgets(measure(dtype_class))
+
+
+def merge_budgets(found: dict[str, dict[str, int]]) -> None:
+    """Into the file: new lines behind the old ones, in place of those of the same name."""
+    budgets = json.loads(BUDGETS.read_text())["configurations"] if BUDGETS.exists() else {}
+    budgets |= {name: rounded(values) for name, values in found.items()}
     lines = [f'    "{name}": {json.dumps(values)}' for name, values in budgets.items()]
     header = f'{{\n  "triton": "{triton.__version__}",\n  "configurations": {{\n'
     BUDGETS.write_text(header + ",\n".join(lines) + "\n  }\n}\n")

@@ -73,3 +73,35 @@ def choose(kernel: str, dtype_class: str, block_d: int, q_slots: int, k_slots: i
     warps = max(2, most.warps * block_q * block_k // (most.block_q * most.block_k))
     loops = k_slots > block_k or q_slots > block_q or kernel == "bias"
     return Tile(block_q, block_k, warps, most.stages if loops else 1)
+
+
+class LinearTile(NamedTuple):
+    """Of linear attention: tokens, features and values of a program, values that a sum over values takes at a
+    time, warps, stages, and least tokens of a part."""
+
+    tokens: int
+    features: int
+    values: int
+    summed: int
+    warps: int
+    stages: int
+    part: int
+
+
+LINEAR: dict[str, LinearTile] = {
+    "half": LinearTile(64, 64, 64, 32, 4, 1, 256),
+    "tf32": LinearTile(32, 32, 32, 32, 2, 1, 256),
+    "fp32": LinearTile(32, 32, 32, 16, 8, 1, 128),
+    "fp64": LinearTile(16, 16, 16, 16, 4, 1, 64),
+}
+
+
+def choose_linear(dtype_class: str, tokens: int, features: int, values: int) -> LinearTile:
+    """Small problems get small tiles."""
+    most = LINEAR[dtype_class]
+    return most._replace(
+        tokens=min(most.tokens, power_of_two(tokens)),
+        features=min(most.features, power_of_two(features)),
+        values=min(most.values, power_of_two(values)),
+        summed=min(most.summed, power_of_two(values)),
+    )

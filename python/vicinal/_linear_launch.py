@@ -80,6 +80,24 @@ def _cpu_step(call: LinearCall, results: LinearResults) -> None:
     _C.linear_step((*step_arguments(call, results), torch.get_num_threads()))
 
 
+def _triton_forward(call: LinearCall, results: LinearResults) -> None:
+    from vicinal.kernels.linear import forward
+
+    forward(call, results)
+
+
+def _triton_backward(call: LinearCall, results: LinearResults, grads: LinearGrads) -> None:
+    from vicinal.kernels.linear import backward
+
+    backward(call, results, grads)
+
+
+def _triton_step(call: LinearCall, results: LinearResults) -> None:
+    from vicinal.kernels.linear_step import step
+
+    step(call, results)
+
+
 @dataclass(frozen=True)
 class LinearLaunchers:
     """One backend: its capabilities and its launchers (None: the reference, which is no op). `step` takes one
@@ -99,6 +117,21 @@ ROWS = (
         _cpu_forward,
         _cpu_backward,
         _cpu_step,
+    ),
+    LinearLaunchers(
+        Row(
+            "triton",
+            "linear",
+            ("cuda", "cpu"),
+            FLOATS,
+            _backends.have_triton,
+            min_arch=80,
+            missing=_MISSING,
+            wrong=frozenset({("cpu", torch.bfloat16)}),  # Triton's interpreter
+        ),
+        _triton_forward,
+        _triton_backward,
+        _triton_step,
     ),
     LinearLaunchers(Row("reference", "linear", ("any",), FLOATS, _backends.have_reference)),
 )
