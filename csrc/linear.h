@@ -134,5 +134,13 @@ void linear_fwd(const LinearFwd& p, int threads);
 void linear_bwd(const LinearBwd& p, int threads);
 void linear_step(const LinearStep& p, int threads);
 }  // namespace cpu
+// A cudaError_t; workspace: as many bytes as asked for.
+namespace cuda {
+int64_t linear_fwd_workspace(const LinearFwd& p);
+int64_t linear_bwd_workspace(const LinearBwd& p);
+int linear_fwd(const LinearFwd& p, void* workspace, void* stream);
+int linear_bwd(const LinearBwd& p, void* workspace, void* stream);
+int linear_step(const LinearStep& p, void* stream);
+}  // namespace cuda
 
 }  // namespace vicinal

@@ -1,8 +1,9 @@
-// Bindings of the CUDA kernels. Launch arguments end with the handle of a stream; those of the backward with
-// a workspace before it, whose size attend_bwd_workspace gives.
+// Bindings of the CUDA kernels. Launch arguments end with the handle of a stream; where there is a function
+// for the bytes of a workspace, with that workspace before it.
 #include <pybind11/pybind11.h>
 
-#include "module_args.h"
+#include "linear_args.h"
+#include "module_cuda_launch.h"
 
 namespace py = pybind11;
 
@@ -12,39 +13,23 @@ namespace vicinal {
 
 namespace {
 
-PyObject* checked(int error) {
-  if (!error) Py_RETURN_NONE;
-  return PyErr_Format(PyExc_RuntimeError, "CUDA error %d: %s", error, cuda::error_text(error));
-}
-
-PyObject* forward(PyObject*, PyObject* arguments) {
-  TupleReader t(arguments);
-  const AttendFwd p = read_attend_fwd(t);
-  void* stream = t.pointer();
-  return t.ok() ? checked(cuda::attend_fwd(p, stream)) : nullptr;
-}
-
-PyObject* workspace(PyObject*, PyObject* arguments) {
-  TupleReader t(arguments);
-  const AttendBwd p = read_attend_bwd(t);
-  return t.ok() ? PyLong_FromLongLong(cuda::attend_bwd_workspace(p)) : nullptr;
-}
-
-PyObject* backward(PyObject*, PyObject* arguments) {
-  TupleReader t(arguments);
-  const AttendBwd p = read_attend_bwd(t);
-  void* workspace = t.pointer();
-  void* stream = t.pointer();
-  return t.ok() ? checked(cuda::attend_bwd(p, workspace, stream)) : nullptr;
-}
-
 PyMethodDef methods[] = {
-    {"cuda_attend_fwd", forward, METH_O,
+    {"cuda_attend_fwd", cuda_launch<AttendFwd, read_attend_fwd, cuda::attend_fwd>, METH_O,
      "cuda_attend_fwd(arguments): csrc/module_args.h has the order; then the stream."},
-    {"cuda_attend_bwd_workspace", workspace, METH_O,
-     "cuda_attend_bwd_workspace(arguments): bytes that cuda_attend_bwd needs on the current device."},
-    {"cuda_attend_bwd", backward, METH_O,
+    {"cuda_attend_bwd_workspace", cuda_workspace<AttendBwd, read_attend_bwd, cuda::attend_bwd_workspace>,
+     METH_O, "cuda_attend_bwd_workspace(arguments): bytes that cuda_attend_bwd needs on the current device."},
+    {"cuda_attend_bwd", cuda_launch_in<AttendBwd, read_attend_bwd, cuda::attend_bwd>, METH_O,
      "cuda_attend_bwd(arguments): csrc/module_args.h has the order; then the workspace and the stream."},
+    {"cuda_linear_fwd_workspace", cuda_workspace<LinearFwd, read_linear_fwd, cuda::linear_fwd_workspace>,
+     METH_O, "cuda_linear_fwd_workspace(arguments): bytes that cuda_linear_fwd needs."},
+    {"cuda_linear_fwd", cuda_launch_in<LinearFwd, read_linear_fwd, cuda::linear_fwd>, METH_O,
+     "cuda_linear_fwd(arguments): csrc/linear_args.h has the order; then the workspace and the stream."},
+    {"cuda_linear_bwd_workspace", cuda_workspace<LinearBwd, read_linear_bwd, cuda::linear_bwd_workspace>,
+     METH_O, "cuda_linear_bwd_workspace(arguments): bytes that cuda_linear_bwd needs."},
+    {"cuda_linear_bwd", cuda_launch_in<LinearBwd, read_linear_bwd, cuda::linear_bwd>, METH_O,
+     "cuda_linear_bwd(arguments), likewise."},
+    {"cuda_linear_step", cuda_launch<LinearStep, read_linear_step, cuda::linear_step>, METH_O,
+     "cuda_linear_step(arguments): csrc/linear_args.h has the order; then the stream."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -4,11 +4,7 @@
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VICINAL_HD __host__ __device__ __forceinline__
-#else
-#define VICINAL_HD inline
-#endif
+#include "host_device.h"
 
 namespace vicinal {
 

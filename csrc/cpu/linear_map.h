@@ -1,44 +1,16 @@
-// Feature maps: value and derivative, once.
+// Feature maps of tiles.
 #pragma once
+#include "feature_map.h"
 #include "linear_tile.h"
 
 namespace vicinal::VICINAL_ISA {
 
-template <class T, FeatureMap kMap>
-inline Vec<T> phi(Vec<T> x, T param) {
-  constexpr T log2e = T(1.44269504088896340736);
-  const Vec<T> zero = {};
-  if constexpr (kMap == kMapElu1) {
-    const Vec<T> power = exp2((x < zero ? x : zero) * log2e);
-    return x < zero ? power : x + T(1);
-  } else if constexpr (kMap == kMapRelu) {
-    return (x < zero ? zero : x) + param;
-  } else if constexpr (kMap == kMapRelu2) {
-    const Vec<T> positive = x < zero ? zero : x;
-    return positive * positive;
-  } else if constexpr (kMap == kMapExp) {
-    const Vec<T> y = x - param, most = splat(T(kMostExponent));
-    return exp2((y > most ? most : y) * log2e);
-  } else {
-    return x;
+struct Exp2 {
+  template <class X>
+  X operator()(X x) const {
+    return exp2(x);
   }
-}
-
-template <class T, FeatureMap kMap>
-inline Vec<T> phi_slope(Vec<T> x, Vec<T> value, T param) {
-  const Vec<T> zero = {}, one = splat(T(1));
-  if constexpr (kMap == kMapElu1) {
-    return x < zero ? value : one;
-  } else if constexpr (kMap == kMapRelu) {
-    return x > zero ? one : zero;
-  } else if constexpr (kMap == kMapRelu2) {
-    return x > zero ? x + x : zero;
-  } else if constexpr (kMap == kMapExp) {
-    return x - param > splat(T(kMostExponent)) ? zero : value;
-  } else {
-    return one;
-  }
-}
+};
 
 template <class T>
 inline Vec<T> first_lanes(int n) {  // 1 in the first n lanes, then 0
@@ -54,10 +26,10 @@ void map_rows(T param, T factor, T* tile, T* slopes, int n, int dim, int stride)
   for (int i = 0; i < n; ++i) {
     for (int d = 0; d < dim; d += kN) {
       const int64_t at = int64_t(i) * stride + d;
-      const Vec<T> x = load(tile + at), value = phi<T, kMap>(x, param);
+      const Vec<T> x = load(tile + at), value = feature<kMap>(x, param, Exp2());
       const Vec<T> f = d + kN <= dim ? splat(factor) : last * factor;
       store(tile + at, value * f);
-      if constexpr (kSlopes) store(slopes + at, phi_slope<T, kMap>(x, value, param) * f);
+      if constexpr (kSlopes) store(slopes + at, feature_slope<kMap>(x, value, param) * f);
     }
   }
 }

@@ -19,6 +19,12 @@ using simt::SmemCarver;
 using bf16 = __nv_bfloat16;
 using half = __half;
 
+// float32 whose products may keep 11 bits of each factor: float16's precision on tensor cores, with the range
+// of float32.
+struct tf32 {
+  float value;
+};
+
 constexpr int kMaxThreads = 128;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int32_t kNone = -1;   // slot without a token: excluded
@@ -198,6 +204,32 @@ __device__ __forceinline__ void for_each_tile(int tiles, int stages, LoadSlots l
   }
 }
 
+template <class T>
+__device__ T rounded(float x) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  if constexpr (std::is_same_v<T, half>) return __float2half_rn(x);
+  if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
+  if constexpr (std::is_same_v<T, tf32>) {  // the hardware would drop the bits instead
+    uint32_t bits = 0;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0x1000u) & 0xffffe000u;
+    tf32 y{};
+    memcpy(&y.value, &bits, sizeof bits);
+    return y;
+  }
+}
+
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ float widened(tf32 x) { return x.value; }
+__device__ __forceinline__ float widened(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widened(half x) { return __half2float(x); }
+
+__device__ __forceinline__ uint32_t bits_of(tf32 x) {
+  uint32_t bits = 0;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
 // Two values rounded to a 16-bit type, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
@@ -235,6 +267,19 @@ __device__ __forceinline__ void product_nt(float (&c)[N][4], const T* a, int a_s
         simt::ldmatrix_x4(right, b + 8 * n * b_stride + k);
         simt::mma_m16n8k16<T>(c[n], left, right[0], right[1]);
         simt::mma_m16n8k16<T>(c[n + 1], left, right[2], right[3]);
+      }
+    }
+  } else if constexpr (std::is_same_v<T, tf32>) {
+    a += group * a_stride + pair;
+    b += group * b_stride + pair;
+    for (int k = 0; k < depth; k += 8) {
+      const uint32_t left[4] = {bits_of(a[k]), bits_of(a[8 * a_stride + k]), bits_of(a[k + 4]),
+                                bits_of(a[8 * a_stride + k + 4])};
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        if (8 * n >= count) continue;
+        const T* right = b + 8 * n * b_stride + k;
+        simt::mma_m16n8k8_tf32(c[n], left, bits_of(right[0]), bits_of(right[4]));
       }
     }
   } else {
@@ -279,6 +324,21 @@ __device__ __forceinline__ void product_pn(float (&c)[M][4], const float (&a)[N]
         simt::mma_m16n8k16<T>(c[m + 1], left, right[2], right[3]);
       }
     }
+  } else if constexpr (std::is_same_v<T, tf32>) {
+    b += 2 * pair * b_stride + group;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      if (8 * n >= count) continue;
+      // Any order of the inner index will do, if it is the same on both sides: 0 2 4 6 1 3 5 7.
+      const uint32_t left[4] = {bits_of(rounded<T>(a[n][0])), bits_of(rounded<T>(a[n][2])),
+                                bits_of(rounded<T>(a[n][1])), bits_of(rounded<T>(a[n][3]))};
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+        if (8 * m >= cols) continue;
+        const T* right = b + 8 * n * b_stride + 8 * m;
+        simt::mma_m16n8k8_tf32(c[m], left, bits_of(right[0]), bits_of(right[b_stride]));
+      }
+    }
   } else {
     b += 2 * pair;
 #pragma unroll
@@ -304,6 +364,71 @@ __device__ __forceinline__ void product_pn(float (&c)[M][4], const float (&a)[N]
   }
 }
 
+// c [16, 8 N] += x y^T for the lane's two elements of a column x and a row y of N eights.
+template <int N>
+__device__ __forceinline__ void add_outer(float (&c)[N][4], float upper, float lower, const float* row,
+                                          int cols) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    if (8 * n >= cols) continue;
+    const float2 y = *reinterpret_cast<const float2*>(row + 8 * n);
+    c[n][0] = fmaf(upper, y.x, c[n][0]);
+    c[n][1] = fmaf(upper, y.y, c[n][1]);
+    c[n][2] = fmaf(lower, y.x, c[n][2]);
+    c[n][3] = fmaf(lower, y.y, c[n][3]);
+  }
+}
+
+// c [16, 8 N] += a b, both in shared memory: b [depth, 8 N], and a [16, depth], or the transpose of
+// a [depth, 16]. Columns from `cols` on are left out (by 16).
+template <bool kTransposed, class T, int N>
+__device__ __forceinline__ void product_nn(float (&c)[N][4], const T* a, int a_stride, const T* b,
+                                           int b_stride, int depth, int cols) {
+  const int lane = threadIdx.x % 32, group = lane_group(), pair = lane_pair();
+  const int by_row = kTransposed ? 1 : a_stride, by_depth = kTransposed ? a_stride : 1;
+  if constexpr (sizeof(T) == 2) {
+    a += kTransposed ? (lane % 8 + lane / 16 * 8) * a_stride + lane / 8 % 2 * 8
+                     : lane % 16 * a_stride + lane / 16 * 8;
+    b += lane % 16 * b_stride + lane / 16 * 8;
+    for (int k = 0; k < depth; k += 16) {
+      uint32_t left[4];
+      if constexpr (kTransposed) {
+        simt::ldmatrix_x4_trans(left, a + k * by_depth);
+      } else {
+        simt::ldmatrix_x4(left, a + k);
+      }
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        if (8 * n >= cols) continue;
+        uint32_t right[4];
+        simt::ldmatrix_x4_trans(right, b + k * b_stride + 8 * n);
+        simt::mma_m16n8k16<T>(c[n], left, right[0], right[1]);
+        simt::mma_m16n8k16<T>(c[n + 1], left, right[2], right[3]);
+      }
+    }
+  } else if constexpr (std::is_same_v<T, tf32>) {
+    a += group * by_row + pair * by_depth;
+    b += pair * b_stride + group;
+    for (int k = 0; k < depth; k += 8) {
+      const T* at = a + k * by_depth;
+      const uint32_t left[4] = {bits_of(at[0]), bits_of(at[8 * by_row]), bits_of(at[4 * by_depth]),
+                                bits_of(at[8 * by_row + 4 * by_depth])};
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        if (8 * n >= cols) continue;
+        const T* right = b + k * b_stride + 8 * n;
+        simt::mma_m16n8k8_tf32(c[n], left, bits_of(right[0]), bits_of(right[4 * b_stride]));
+      }
+    }
+  } else {
+    a += group * by_row;
+    for (int k = 0; k < depth; ++k) {
+      const T* at = a + k * by_depth;
+      add_outer(c, at[0], at[8 * by_row], b + k * b_stride + 2 * pair, cols);
+    }
+  }
+}
+
 // Over the four lanes that share a row.
 __device__ inline float row_max(float x) {
   x = fmaxf(x, simt::shfl_xor(x, 1));
@@ -312,13 +437,6 @@ __device__ inline float row_max(float x) {
 __device__ inline float row_sum(float x) {
   x += simt::shfl_xor(x, 1);
   return x + simt::shfl_xor(x, 2);
-}
-
-template <class T>
-__device__ T rounded(float x) {
-  if constexpr (std::is_same_v<T, float>) return x;
-  if constexpr (std::is_same_v<T, half>) return __float2half_rn(x);
-  if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
 }
 
 // One row of an accumulator (upper: row `group`, lower: row `group + 8`), columns first .. first + 8 M of a

@@ -17,13 +17,21 @@ from ._backends import _C
 Arguments = tuple[int | float, ...]
 
 
-def forward(arguments: Arguments, device: torch.device) -> None:
+def launch(name: str, arguments: Arguments, device: torch.device, workspace: bool = True) -> None:
+    """Launch `_C.cuda_<name>`, with as many bytes of workspace as `_C.cuda_<name>_workspace` asks for."""
     with torch.cuda.device(device):
-        _C.cuda_attend_fwd((*arguments, torch.cuda.current_stream().cuda_stream))
+        stream = torch.cuda.current_stream().cuda_stream
+        if not workspace:
+            getattr(_C, f"cuda_{name}")((*arguments, stream))
+            return
+        needed = getattr(_C, f"cuda_{name}_workspace")(arguments)
+        scratch = torch.empty(needed, dtype=torch.uint8, device=device)
+        getattr(_C, f"cuda_{name}")((*arguments, scratch.data_ptr(), stream))
+
+
+def forward(arguments: Arguments, device: torch.device) -> None:
+    launch("attend_fwd", arguments, device, workspace=False)
 
 
 def backward(arguments: Arguments, device: torch.device) -> None:
-    with torch.cuda.device(device):
-        workspace = torch.empty(_C.cuda_attend_bwd_workspace(arguments), dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream().cuda_stream
-        _C.cuda_attend_bwd((*arguments, workspace.data_ptr(), stream))
+    launch("attend_bwd", arguments, device)

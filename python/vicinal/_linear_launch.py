@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _cuda
 from ._backends import _C, Row
 from ._launch import DTYPE_CODES, FLOATS
 
@@ -80,6 +80,18 @@ def _cpu_step(call: LinearCall, results: LinearResults) -> None:
     _C.linear_step((*step_arguments(call, results), torch.get_num_threads()))
 
 
+def _cuda_forward(call: LinearCall, results: LinearResults) -> None:
+    _cuda.launch("linear_fwd", forward_arguments(call, results), call.v.device)
+
+
+def _cuda_backward(call: LinearCall, results: LinearResults, grads: LinearGrads) -> None:
+    _cuda.launch("linear_bwd", backward_arguments(call, results, grads), call.v.device)
+
+
+def _cuda_step(call: LinearCall, results: LinearResults) -> None:
+    _cuda.launch("linear_step", step_arguments(call, results), call.v.device, workspace=False)
+
+
 @dataclass(frozen=True)
 class LinearLaunchers:
     """One backend: its capabilities and its launchers (None: the reference, which is no op). `step` takes one
@@ -99,6 +111,20 @@ ROWS = (
         _cpu_forward,
         _cpu_backward,
         _cpu_step,
+    ),
+    LinearLaunchers(
+        Row(
+            "cuda",
+            "linear",
+            ("cuda",),
+            (torch.float32, torch.bfloat16, torch.float16),
+            _backends.have_cuda,
+            min_arch=80,
+            missing=_MISSING,
+        ),
+        _cuda_forward,
+        _cuda_backward,
+        _cuda_step,
     ),
     LinearLaunchers(Row("reference", "linear", ("any",), FLOATS, _backends.have_reference)),
 )

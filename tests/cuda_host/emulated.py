@@ -1,6 +1,6 @@
 """A backend "emulated" for tests: the CUDA kernels, compiled for a CPU, each launch in a process of its own.
 
-A launch becomes a case file (attend_driver.cpp): the parameter struct of csrc/attend.h and the buffers that
+A launch becomes a case file (case_file.h): the parameter struct of csrc/attend.h and the buffers that
 it points to.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import struct
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -37,6 +37,7 @@ class Emulation:
 
     program: Path
     flavor: str
+    layouts: Mapping[str, str] = field(default_factory=lambda: LAYOUTS)
     order: int = 0
     copies: int = 0
     seed: int = 1
@@ -62,10 +63,10 @@ class Emulation:
             at += 16 + size
 
     def _case(self, kind: str, arguments: tuple[int | float, ...], buffers: list[tuple[int, int]]) -> bytes:
-        layout = LAYOUTS[kind].replace("P", "q")
+        layout = self.layouts[kind].replace("P", "q")
         params = struct.pack(f"@{layout}0q", *arguments)
         pointers = [
-            struct.calcsize(f"@{layout[: i + 1]}") - 8 for i, code in enumerate(LAYOUTS[kind]) if code == "P"
+            struct.calcsize(f"@{layout[: i + 1]}") - 8 for i, code in enumerate(self.layouts[kind]) if code == "P"
         ]
         head = struct.pack("@8s4q", kind.encode(), self.order, self.copies, self.seed, self.shared_memory)
         head += struct.pack("@q", len(params)) + params
@@ -105,18 +106,24 @@ _neighborhood_op.NEIGHBORHOOD.define(ROW)
 
 
 @contextmanager
-def emulated(build: HostBuild, flavor: str = "plain", **schedule: int) -> Iterator[Emulation]:
-    """Within it, backend="emulated" runs the CUDA kernels of this build under this schedule."""
-    emulation.append(Emulation(build(SOURCES, flavor), flavor, **schedule))
-    order, rows = _backends.ORDER, list(_backends._rows)
+def running(made: Emulation, rows: Sequence[_backends.Row]) -> Iterator[Emulation]:
+    """Within it, the backend "emulated" of these rows is there and runs on `made`."""
+    emulation.append(made)
+    order, before = _backends.ORDER, list(_backends._rows)
     _backends.ORDER = (*order, "emulated")  # type: ignore[assignment]
-    for family in ("windowed", "neighborhood"):
-        _backends.register(ROW.capability(family))
+    for row in rows:
+        _backends.register(row)
     try:
-        yield emulation[-1]
+        yield made
     finally:
         emulation.pop()
-        _backends.ORDER, _backends._rows[:] = order, rows
+        _backends.ORDER, _backends._rows[:] = order, before
         _backends._choice.cache_clear()
-        _windowed_run._settled.clear()
-        _neighborhood_run._settled.clear()
+        for forget in _backends._listeners:
+            forget()
+
+
+def emulated(build: HostBuild, flavor: str = "plain", **schedule: int) -> AbstractContextManager[Emulation]:
+    """Within it, backend="emulated" runs the CUDA kernels of this build under this schedule."""
+    rows = [ROW.capability(family) for family in ("windowed", "neighborhood")]
+    return running(Emulation(build(SOURCES, flavor), flavor, LAYOUTS, **schedule), rows)
