@@ -1,8 +1,8 @@
 // The feature maps of linear.h, value and derivative, once for host and device. X is float, double or a
 // vector of them, T its element, and exp2 acts on X.
 #pragma once
-#include "host_device.h"
 #include "linear.h"
+#include "philox.h"  // VICINAL_HD
 
 namespace vicinal {
 

@@ -49,5 +49,12 @@ namespace cpu {
 void hash_fwd(const HashFwd& p, int threads);
 void hash_bwd(const HashBwd& p, int threads);
 }  // namespace cpu
+// A cudaError_t; workspace: as many bytes as asked for.
+namespace cuda {
+int64_t hash_fwd_workspace(const HashFwd& p);
+int64_t hash_bwd_workspace(const HashBwd& p);
+int hash_fwd(const HashFwd& p, void* workspace, void* stream);
+int hash_bwd(const HashBwd& p, void* workspace, void* stream);
+}  // namespace cuda
 
 }  // namespace vicinal

@@ -66,5 +66,12 @@ namespace cpu {
 void joint_fwd(const JointFwd& p, int threads);
 void joint_bwd(const JointBwd& p, int threads);
 }  // namespace cpu
+// A cudaError_t; workspace: as many bytes as asked for.
+namespace cuda {
+int64_t joint_fwd_workspace(const JointFwd& p);
+int64_t joint_bwd_workspace(const JointBwd& p);
+int joint_fwd(const JointFwd& p, void* workspace, void* stream);
+int joint_bwd(const JointBwd& p, void* workspace, void* stream);
+}  // namespace cuda
 
 }  // namespace vicinal

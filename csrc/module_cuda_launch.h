@@ -1,5 +1,5 @@
-// A CUDA kernel as a Python function of one flat tuple: the kernel's struct, then its workspace if it has one,
-// then the handle of a stream.
+// A CUDA kernel as a Python function of one flat tuple: the kernel's struct, then its workspace if it has
+// one, then the handle of a stream.
 #pragma once
 #include "module_args.h"
 

@@ -4,7 +4,11 @@
 #pragma once
 #include <cstdint>
 
-#include "host_device.h"
+#ifdef __CUDACC__
+#define VICINAL_HD __host__ __device__ __forceinline__
+#else
+#define VICINAL_HD inline
+#endif
 
 namespace vicinal {
 

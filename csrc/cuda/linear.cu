@@ -5,8 +5,6 @@ namespace vicinal::cuda {
 
 namespace {
 
-constexpr int kRunTokens = kRunTiles * kSide;
-
 // A call: sizes, runs of queries and keys, and the workspace in floats.
 struct Call {
   Linear a;
@@ -20,9 +18,6 @@ struct Call {
   int z_slices() const { return own_den ? ceil_div(Kd, kSide) : 0; }
   int64_t per_token() const { return a.batch * a.heads * a.n_q; }
 };
-
-// Runs of at least kRunTokens tokens, of longer sequences 32 or less.
-int long_run(int64_t tokens) { return std::max(kRunTokens, round_up(ceil_div(tokens, 32), kSide)); }
 
 LinearRuns runs_of(const Linear& a, Scope scope, int64_t tokens) {
   LinearRuns r{a.cu_seqlens, a.sequences, tokens, 0, 0, 0, 1, 0, kSide};
@@ -232,7 +227,7 @@ cudaError_t forward(const LinearFwd& w, float* workspace, cudaStream_t stream) {
                     stream);
   });
   const States states = states_of(c, plan.runs, w.final_s, w.final_z);
-  LinearRows p = rows_of(c, kRowsOut, states, {floats(w.den), nullptr, 0});
+  LinearRows p = rows_of(c, kRowsOut, states, {});
   p.left = o.f, p.right = o.p, p.column = o.v;
   if (c.own_den) p.left_den = o.fd, p.right_den = o.pd;
   p.den = floats(w.den);
@@ -253,7 +248,7 @@ struct Backward {
   const Operands o;
   const cudaStream_t stream;
   States states, grads;
-  TokenNumbers numbers;
+  TokenNumbers numbers{};
   Sequence run;
 
   Backward(const LinearBwd& bwd, float* workspace, cudaStream_t s)
@@ -263,10 +258,10 @@ struct Backward {
     if (c.a.normalize) numbers = {floats(w.den), plan.dots, c.v_slices()};
   }
 
-  // num . dout of every query: d, without the rounding of out.
+  // num . r of every query: d, without the rounding of out.
   void dots() {
     if (!c.a.normalize) return;
-    LinearRows p = rows_of(c, kRowsOut, states, {});
+    LinearRows p = rows_of(c, kRowsOut, states, {floats(w.den), nullptr, 0});
     p.left = o.f, p.right = o.p, p.column = o.v, p.own = o.r;
     p.dots = plan.dots;
     run.then([&] { return rows(c, p, stream); });

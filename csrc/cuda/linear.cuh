@@ -37,7 +37,7 @@ __device__ inline Span span_of(const LinearRuns& r, int64_t sequence) {
   return {0, begin, r.cu_seqlens[sequence + 1] - begin, (begin / r.period + sequence) * r.pieces};
 }
 
-__device__ inline int64_t slots_of(const LinearRuns& r, int64_t count) {
+__host__ __device__ inline int64_t slots_of(const LinearRuns& r, int64_t count) {
   return count / r.period * r.pieces + (count % r.period + r.run - 1) / r.run;
 }
 
@@ -170,7 +170,8 @@ __device__ __forceinline__ void load_four(float (&x)[4], const void* data, DType
       copy_bits(x[2 * i + 1], &bits[1]);
     } else {
       __half_raw low, high;
-      low.x = static_cast<unsigned short>(pairs[i] & 0xffffu), high.x = static_cast<unsigned short>(pairs[i] >> 16);
+      low.x = static_cast<unsigned short>(pairs[i] & 0xffffu),
+      high.x = static_cast<unsigned short>(pairs[i] >> 16);
       const float2 values{__half2float(half(low)), __half2float(half(high))};
       x[2 * i] = values.x, x[2 * i + 1] = values.y;
     }
@@ -181,20 +182,44 @@ struct Exp2 {
   __device__ float operator()(float x) const { return simt::ex2(x); }
 };
 
-// Calls run(constant of the map).
-template <class Run>
-__device__ __forceinline__ void with_map(FeatureMap map, Run run) {
+template <FeatureMap kMap>
+__device__ __forceinline__ float2 value_and_slope(float x, float param) {
+  const float value = feature<kMap>(x, param, Exp2());
+  return {value, feature_slope<kMap>(x, value, param)};
+}
+// phi(x) and phi'(x). Not inlined: in every unrolled element the five maps would be most of a kernel's code.
+static __device__ __noinline__ float2 mapped(FeatureMap map, float param, float x) {
   switch (map) {
     case kMapElu1:
-      return run(std::integral_constant<FeatureMap, kMapElu1>());
+      return value_and_slope<kMapElu1>(x, param);
     case kMapRelu:
-      return run(std::integral_constant<FeatureMap, kMapRelu>());
+      return value_and_slope<kMapRelu>(x, param);
     case kMapRelu2:
-      return run(std::integral_constant<FeatureMap, kMapRelu2>());
+      return value_and_slope<kMapRelu2>(x, param);
     case kMapExp:
-      return run(std::integral_constant<FeatureMap, kMapExp>());
-    case kMapIdentity:
-      return run(std::integral_constant<FeatureMap, kMapIdentity>());
+      return value_and_slope<kMapExp>(x, param);
+    default:
+      return value_and_slope<kMapIdentity>(x, param);
+  }
+}
+
+// The same of four values, times a factor.
+__device__ __forceinline__ void map_four(float (&x)[4], FeatureMap map, float param, float factor) {
+  const auto all = [&](auto phi) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) x[e] = factor * phi(x[e]);
+  };
+  switch (map) {
+    case kMapElu1:
+      return all([&](float y) { return feature<kMapElu1>(y, param, Exp2()); });
+    case kMapRelu:
+      return all([&](float y) { return feature<kMapRelu>(y, param, Exp2()); });
+    case kMapRelu2:
+      return all([&](float y) { return feature<kMapRelu2>(y, param, Exp2()); });
+    case kMapExp:
+      return all([&](float y) { return feature<kMapExp>(y, param, Exp2()); });
+    default:
+      return all([](float y) { return y; });
   }
 }
 
@@ -223,9 +248,10 @@ __device__ __forceinline__ void store_four(T* to, const float (&x)[4]) {
 
 // Channels of slice `slice` of an operand's tokens: a tile whose rows and columns are zero up to the next 16.
 // `factors`: one per row, 0: the row is not read; or null. Complete after `arrive`.
+// Not inlined: kernels read a dozen tiles.
 template <class T>
-__device__ void read_tile(T* tile, const Operand& o, const Tokens& t, int head, int slice,
-                          const float* factors) {
+__device__ __noinline__ void read_tile(T* tile, const Operand& o, const Tokens& t, int head, int slice,
+                                       const float* factors) {
   constexpr DType kSame = std::is_same_v<T, bf16> ? kBF16 : kF32;
   const int rows = up_to_16(t.count), cols = slice_width(o.width, slice), quads = cols / 4;
   const int64_t base = offset_of(o.x, t.sample, t.begin, head / o.shared);
@@ -250,36 +276,35 @@ __device__ void read_tile(T* tile, const Operand& o, const Tokens& t, int head, 
   }
   const bool by_token = o.x.stride_n == 1;
   const bool fours = o.align >= (o.dtype == kF32 ? 16 : 8);
-  with_map(o.map, [&](auto map) {
-    for (int i = threadIdx.x; i < rows * quads; i += blockDim.x) {
-      const int row = by_token ? i % rows : i / quads, col = (by_token ? i / rows : i % quads) * 4;
-      const int channel = slice * kSide + col;
-      const float by = row >= t.count ? 0.0f : factors ? factors[row] : 1.0f;
-      float x[4] = {};
-      if (by != 0.0f) {
-        const int64_t at = base + row * o.x.stride_n + channel * o.x.stride_d;
-        if (fours && channel + 4 <= o.dim) {
-          load_four(x, o.x.data, o.dtype, at);
-        } else {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            if (channel + e < o.dim) x[e] = load_value(o.x.data, o.dtype, at + e * o.x.stride_d);
-          }
-        }
+  for (int i = threadIdx.x; i < rows * quads; i += blockDim.x) {
+    const int row = by_token ? i % rows : i / quads, col = (by_token ? i / rows : i % quads) * 4;
+    const int channel = slice * kSide + col;
+    const float by = row >= t.count ? 0.0f : factors ? factors[row] : 1.0f;
+    float x[4] = {};
+    if (by != 0.0f) {
+      const int64_t at = base + row * o.x.stride_n + channel * o.x.stride_d;
+      if (fours && channel + 4 <= o.dim) {
+        load_four(x, o.x.data, o.dtype, at);
+      } else {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float value = o.factor * feature<decltype(map)::value>(x[e], o.param, Exp2());
-          x[e] = by * (channel + e < o.dim ? value : channel + e < o.width ? o.constant : 0.0f);
+          if (channel + e < o.dim) x[e] = load_value(o.x.data, o.dtype, at + e * o.x.stride_d);
         }
       }
-      store_four(tile + row * kRow<T> + col, x);
+      map_four(x, o.map, o.param, o.factor * by);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (channel + e >= o.dim) x[e] = channel + e < o.width ? by * o.constant : 0.0f;
+      }
     }
-  });
+    store_four(tile + row * kRow<T> + col, x);
+  }
 }
 
 // rows x cols of s (a matrix [.., width]) from (row0, col0) on, zero up to the next 16.
 template <class T>
-__device__ void read_sums(T* tile, const float* s, int rows, int cols, int width, int row0, int col0) {
+__device__ __noinline__ void read_sums(T* tile, const float* s, int rows, int cols, int width, int row0,
+                                       int col0) {
   rows = smaller(kSide, rows - row0);
   cols = smaller(kSide, cols - col0);
   const int wide = up_to_16(cols);
@@ -350,7 +375,7 @@ struct Decays {
 
 // What the rows of a tile are multiplied by (0 and 1 for keys, 1 / den for queries), and d of queries.
 struct TokenNumbers {
-  const float *den, *dots;  // null: not normalised. dots [parts, B, heads, n_q]: num_i . dout_i
+  const float *den, *dots;  // null: not normalised. dots [parts, B, heads, n_q]: num_i . r_i
   int32_t parts;
 
   __device__ void load(const Linear& a, const Tokens& t, int head, bool queries, float* factors,
@@ -366,7 +391,7 @@ struct TokenNumbers {
         for (int part = 0; dots && part < parts; ++part) {
           slope -= dots[part * a.batch * a.heads * a.n_q + at];
         }
-        slope = slope * factor * factor;
+        slope *= factor;
       }
       factors[i] = factor;
       if (slopes) slopes[i] = slope;

@@ -19,7 +19,7 @@ struct LinearSums {
 };
 
 // What is computed for each row of a tile: rows are queries in all but kRowsDk and kRowsDv.
-//   kRowsOut   out and den, or with `dots` num . dout
+//   kRowsOut   out and den, or with `dots` num . r
 //   kRowsDq    gradients of features of queries, times their slope; kRowsDk of keys
 //   kRowsDv    gradients of values
 enum RowsRole : int32_t { kRowsOut, kRowsDq, kRowsDk, kRowsDv };
@@ -72,6 +72,10 @@ struct LinearRest {
   int32_t heads, dim;
   float value;
 };
+
+constexpr int kRunTokens = kRunTiles * kSide;
+// Runs of at least kRunTokens tokens, of longer sequences 32 or less.
+inline int long_run(int64_t tokens) { return std::max(kRunTokens, round_up(ceil_div(tokens, 32), kSide)); }
 
 cudaError_t launch_scan(const LinearScan& p, cudaStream_t stream);
 cudaError_t launch_rest(const LinearRest& p, cudaStream_t stream);

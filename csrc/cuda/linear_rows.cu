@@ -82,7 +82,7 @@ struct RowsWork {
   __device__ void read_states(Square& y) {
     const Sums s = states();
     const int depth = (p.left.width + kSide - 1) / kSide, values = p.a.dim_v;
-    const bool with_den = p.role == kRowsOut && p.numbers.den && !p.right_den.x.data;
+    const bool with_den = p.den && !p.right_den.x.data;
     const int cols = slice_width(p.column.width, slice);
     for (int k = 0; p.product && k < depth; ++k) {
       simt::sync_threads();
@@ -173,11 +173,12 @@ struct RowsWork {
     }
   }
 
+  // As rounded for the product: then out is a mean of values, whatever the rounding.
   __device__ void add_weights(const Square& m) {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) row_den[e / 2] += m[n][e];
+      for (int e = 0; e < 4; ++e) row_den[e / 2] += widened(rounded<T>(m[n][e]));
     }
   }
 
@@ -196,7 +197,7 @@ struct RowsWork {
         weigh(m, cols, other, p.slopes);
         product_pn<T>(y, m, column, kRow<T>, cols.count, slice_width(p.column.width, slice));
       }
-      const bool with_den = p.role == kRowsOut && p.numbers.den;
+      const bool with_den = p.den;
       if (with_den && !p.right_den.x.data) add_weights(m);
       if (!with_den || !p.right_den.x.data) continue;
       Square w = {};
@@ -249,16 +250,16 @@ __device__ inline void store_pair(const Strided& x, DType dtype, int64_t at, flo
 template <class T>
 __device__ void finish_values(RowsWork<T>& w, const Square& y) {
   const LinearRows& p = w.p;
-  const bool normalised = p.role == kRowsOut && p.numbers.den;
-  if (normalised && p.den) w.finish_den();
+  if (p.den) w.finish_den();
   const int64_t base = (w.rows.sample * p.a.heads + w.head) * p.a.n_q + w.rows.begin;
-  if (p.den && w.slice == 0 && static_cast<int>(threadIdx.x) < w.rows.count) p.den[base + threadIdx.x] = w.sums[threadIdx.x];
+  if (p.den && w.slice == 0 && static_cast<int>(threadIdx.x) < w.rows.count)
+    p.den[base + threadIdx.x] = w.sums[threadIdx.x];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = row_at(2 * r);
     float dot = 0.0f;
     if (row < w.rows.count) {
-      const float factor = normalised && p.den ? inverse_of(w.sums[row]) : 1.0f;
+      const float factor = p.den ? inverse_of(w.sums[row]) : 1.0f;
       const Strided& x = p.dots ? p.own.x : p.to;
       const int64_t at = offset_of(x, w.rows.sample, w.rows.begin + row, w.head);
 #pragma unroll
@@ -272,8 +273,9 @@ __device__ void finish_values(RowsWork<T>& w, const Square& y) {
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (e < left)
-            dot = fmaf(y[n][2 * r + e], load_value(x.data, p.a.dtype, at + (col + e) * x.stride_d), dot);
+          if (e >= left) continue;
+          const float dout = load_value(x.data, p.a.dtype, at + (col + e) * x.stride_d);
+          dot = fmaf(y[n][2 * r + e], widened(rounded<T>(w.row_factors[row] * dout)), dot);
         }
       }
     }
@@ -296,21 +298,20 @@ __device__ void store_overlaps(const RowsWork<T>& w, const Square& y) {
     const int row = row_at(2 * r);
     const bool there = row < w.rows.count && !(o.keys && w.row_factors[row] == 0.0f);
     float dot = 0.0f;
-    with_map(o.map, [&](auto map) {
-      const int64_t at = there ? offset_of(o.x, w.rows.sample, w.rows.begin + row, w.head / o.shared) : 0;
-      for (int n = 0; there && n < kTiles; ++n) {
-        for (int e = 0; e < 2; ++e) {
-          const int col = w.slice * kSide + col_at(n, e);
-          if (col >= o.width) continue;
-          float value = o.constant;
-          if (col < o.dim) {
-            const float x = load_value(o.x.data, o.dtype, at + col * o.x.stride_d);
-            value = o.factor * feature<decltype(map)::value>(x, o.param, Exp2());
-          }
-          dot = fmaf(widened(rounded<T>(value)), y[n][2 * r + e], dot);
+    const int64_t at = there ? offset_of(o.x, w.rows.sample, w.rows.begin + row, w.head / o.shared) : 0;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int col = w.slice * kSide + col_at(n, e);
+        if (!there || col >= o.width) continue;
+        float value = o.constant;
+        if (col < o.dim) {
+          value = o.factor * mapped(o.map, o.param, load_value(o.x.data, o.dtype, at + col * o.x.stride_d)).x;
         }
+        dot = fmaf(widened(rounded<T>(value)), y[n][2 * r + e], dot);
       }
-    });
+    }
     dot = row_sum(dot);
     if (lane_pair() == 0 && row < w.rows.count) {
       p.overlaps[w.slice * p.a.batch * p.a.heads * n + base + row] = there ? dot : 0.0f;
@@ -330,22 +331,19 @@ __device__ void store_features(const RowsWork<T>& w, const Square& y) {
     const bool ignored = o.keys && w.row_factors[row] == 0.0f;
     const int64_t from = offset_of(o.x, w.rows.sample, w.rows.begin + row, w.head / o.shared);
     const int64_t to = offset_of(p.to, w.rows.sample, w.rows.begin + row, w.head / o.shared);
-    with_map(o.map, [&](auto map) {
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const int col = w.slice * kSide + col_at(n, 0), left = o.dim - col;
-        if (left <= 0) continue;
-        float grad[2] = {};
+    for (int n = 0; n < kTiles; ++n) {
+      const int col = w.slice * kSide + col_at(n, 0), left = o.dim - col;
+      if (left <= 0) continue;
+      float grad[2] = {};
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (ignored || e >= left) continue;
-          const float x = load_value(o.x.data, o.dtype, from + (col + e) * o.x.stride_d);
-          const float value = feature<decltype(map)::value>(x, o.param, Exp2());
-          grad[e] = o.factor * feature_slope<decltype(map)::value>(x, value, o.param) * y[n][2 * r + e];
-        }
-        store_pair(p.to, p.a.dtype, to + col * p.to.stride_d, grad[0], grad[1], left > 1, p.pairs);
+      for (int e = 0; e < 2; ++e) {
+        if (ignored || e >= left) continue;
+        const float x = load_value(o.x.data, o.dtype, from + (col + e) * o.x.stride_d);
+        grad[e] = o.factor * mapped(o.map, o.param, x).y * y[n][2 * r + e];
       }
-    });
+      store_pair(p.to, p.a.dtype, to + col * p.to.stride_d, grad[0], grad[1], left > 1, p.pairs);
+    }
   }
 }
 

@@ -15,12 +15,6 @@ struct StepParts {
   int32_t parts, K;
 };
 
-__device__ inline float mapped(FeatureMap map, float param, float x) {
-  float value = 0.0f;
-  with_map(map, [&](auto m) { value = feature<decltype(m)::value>(x, param, Exp2()); });
-  return value;
-}
-
 __global__ void __launch_bounds__(kStepThreads) linear_step_kernel(StepParts p) {
   const Linear& a = p.w.a;
   DYN_SMEM(raw);
@@ -45,8 +39,8 @@ __global__ void __launch_bounds__(kStepThreads) linear_step_kernel(StepParts p) 
     if (there) {
       const float x = load_value(a.q.data, a.dtype, q + i * a.q.stride_d);
       const float y = load_value(a.k.data, a.dtype, k + i * a.k.stride_d);
-      f[i] = static_cast<float>(a.scale) * mapped(a.map_q, static_cast<float>(a.param_q), x);
-      features[i] = mapped(a.map_k, static_cast<float>(a.param_k), y);
+      f[i] = static_cast<float>(a.scale) * mapped(a.map_q, static_cast<float>(a.param_q), x).x;
+      features[i] = mapped(a.map_k, static_cast<float>(a.param_k), y).x;
     }
     if (!a.normalize) continue;
     float* z = static_cast<float*>(p.w.z) + index * p.K + i;

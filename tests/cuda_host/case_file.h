@@ -1,7 +1,7 @@
 // Case files: a launch of a CUDA kernel on the emulator, and the buffers that it reads and writes.
 // Kind (8 bytes), order, copies, seed, shared memory limit (int64 each), the parameter struct (int64 size,
-// bytes), the offsets of its pointers (int64 count, each int64), the buffers (int64 count, each: int64 address
-// that the pointers refer to, int64 size, bytes). Buffers get memory of exactly their size, so that
+// bytes), the offsets of its pointers (int64 count, each int64), the buffers (int64 count, each: int64
+// address that the pointers refer to, int64 size, bytes). Buffers get memory of exactly their size, so that
 // AddressSanitizer knows their ends.
 #pragma once
 

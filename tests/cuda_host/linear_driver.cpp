@@ -1,6 +1,6 @@
 // Runs one launch of linear attention from a case file on the emulator and writes the buffers back.
-#include "linear.h"
 #include "case_file.h"
+#include "linear.h"
 
 using namespace vicinal;
 
