@@ -2,6 +2,8 @@
 // for the bytes of a workspace, with that workspace before it.
 #include <pybind11/pybind11.h>
 
+#include "hash_args.h"
+#include "joint_args.h"
 #include "linear_args.h"
 #include "module_cuda_launch.h"
 
@@ -30,6 +32,22 @@ PyMethodDef methods[] = {
      "cuda_linear_bwd(arguments), likewise."},
     {"cuda_linear_step", cuda_launch<LinearStep, read_linear_step, cuda::linear_step>, METH_O,
      "cuda_linear_step(arguments): csrc/linear_args.h has the order; then the stream."},
+    {"cuda_hash_fwd_workspace", cuda_workspace<HashFwd, read_hash_fwd, cuda::hash_fwd_workspace>, METH_O,
+     "cuda_hash_fwd_workspace(arguments): bytes that cuda_hash_fwd needs."},
+    {"cuda_hash_fwd", cuda_launch_in<HashFwd, read_hash_fwd, cuda::hash_fwd>, METH_O,
+     "cuda_hash_fwd(arguments): csrc/hash_args.h has the order; then the workspace and the stream."},
+    {"cuda_hash_bwd_workspace", cuda_workspace<HashBwd, read_hash_bwd, cuda::hash_bwd_workspace>, METH_O,
+     "cuda_hash_bwd_workspace(arguments): bytes that cuda_hash_bwd needs."},
+    {"cuda_hash_bwd", cuda_launch_in<HashBwd, read_hash_bwd, cuda::hash_bwd>, METH_O,
+     "cuda_hash_bwd(arguments): csrc/hash_args.h has the order; then the workspace and the stream."},
+    {"cuda_joint_fwd_workspace", cuda_workspace<JointFwd, read_joint_fwd, cuda::joint_fwd_workspace>, METH_O,
+     "cuda_joint_fwd_workspace(arguments): bytes that cuda_joint_fwd needs."},
+    {"cuda_joint_fwd", cuda_launch_in<JointFwd, read_joint_fwd, cuda::joint_fwd>, METH_O,
+     "cuda_joint_fwd(arguments): csrc/joint_args.h has the order; then the workspace and the stream."},
+    {"cuda_joint_bwd_workspace", cuda_workspace<JointBwd, read_joint_bwd, cuda::joint_bwd_workspace>, METH_O,
+     "cuda_joint_bwd_workspace(arguments): bytes that cuda_joint_bwd needs."},
+    {"cuda_joint_bwd", cuda_launch_in<JointBwd, read_joint_bwd, cuda::joint_bwd>, METH_O,
+     "cuda_joint_bwd(arguments): csrc/joint_args.h has the order; then the workspace and the stream."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

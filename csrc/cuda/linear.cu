@@ -175,8 +175,8 @@ struct FwdPlan {
 };
 
 struct BwdPlan {
-  float *runs, *keep, *grads, *total_s, *total_z, *dots, *of_queries, *of_keys;
-  int32_t parts;  // of of_queries and of_keys
+  float *runs, *keep, *grads, *total_s, *total_z, *dots, *of_queries, *of_keys, *of_states;
+  int32_t parts;  // of of_queries, of_keys and of_states
   int64_t total;
 
   BwdPlan(const Call& c, bool ddecay, float* workspace) {
@@ -191,6 +191,7 @@ struct BwdPlan {
     parts = c.k_slices() + c.z_slices();
     of_queries = carver.take(ddecay ? parts * c.per_token() : 0);
     of_keys = carver.take(ddecay ? parts * c.per_token() : 0);
+    of_states = carver.take(ddecay ? parts * c.per_token() : 0);
     total = carver.used;
   }
 };
@@ -283,13 +284,18 @@ struct Backward {
                           c.scope != kReadAll};
     run.then([&] { return launch_scan(scan, stream); });
   }
+  void set_overlaps(LinearRows& p, RowsRole role, float* overlaps, int64_t first) const {
+    if (!w.ddecay) return;
+    p.overlaps = overlaps + first;
+    if (role == kRowsDk) p.state_overlaps = plan.of_states + first;
+  }
   // dq, dk and, apart where they differ, those of the denominator's features.
   void features(RowsRole role, const States& x, const Operand& left, const Operand& right, const Operand& own,
                 const Operand& column, const Strided& to, float* overlaps) {
     LinearRows p = rows_of(c, role, x, numbers);
     p.left = left, p.right = right, p.column = column, p.own = own;
     p.slopes = c.a.normalize && !c.own_den;
-    p.overlaps = w.ddecay ? overlaps : nullptr;
+    set_overlaps(p, role, overlaps, 0);
     write_to(c, p, to);
     run.then([&] { return rows(c, p, stream); });
   }
@@ -301,7 +307,7 @@ struct Backward {
     p.slopes = true;
     p.product = false;
     p.slices = ceil_div(column.width, kSide);
-    p.overlaps = w.ddecay ? overlaps + c.k_slices() * c.per_token() : nullptr;
+    set_overlaps(p, role, overlaps, c.k_slices() * c.per_token());
     write_to(c, p, to);
     run.then([&] { return rows(c, p, stream); });
   }
@@ -313,8 +319,9 @@ struct Backward {
   }
   void decay_gradient() {
     if (!w.ddecay) return;
-    const LinearDecayGrad p{c.a,          c.keys,     states,          grads, plan.of_queries,
-                            plan.of_keys, plan.parts, floats(w.ddecay)};
+    const LinearDecayGrad p{c.a,        c.keys,          states,       grads,
+                            plan.keep,  plan.of_queries, plan.of_keys, plan.of_states,
+                            plan.parts, floats(w.ddecay)};
     run.then([&] { return launch_decay_grad(p, stream); });
   }
   void rest() {

@@ -36,10 +36,11 @@ struct LinearRows {
   Operand left, right, column, own;  // own: whose gradient is written, or dout of `dots`
   Operand left_den, right_den;       // of the denominator, where its features differ
   Strided to;
-  float *den, *dots, *overlaps;  // written: den [B, heads, n_q]; parts; f . df or p . dp [parts, B, heads, n]
-  int32_t tiles, slices, group;  // group: heads whose gradients a block adds up
-  bool product, slopes;          // left . right and sums; d
-  bool pairs;                    // rows that are written are aligned to two elements
+  float *den, *dots;                 // written: den [B, heads, n_q]; parts of num . r
+  float *overlaps, *state_overlaps;  // f . df or p . dp [parts, B, heads, n]; its part from sums
+  int32_t tiles, slices, group;      // group: heads whose gradients a block adds up
+  bool product, slopes;              // left . right and sums; d
+  bool pairs;                        // rows that are written are aligned to two elements
 };
 
 // In the order of the slots of a sequence (or backwards): every run's sums become those before it, from the
@@ -52,13 +53,15 @@ struct LinearScan {
   bool backwards, write;
 };
 
-// ddecay of the tokens of a run, from f . df - p . dp and the overlap of the sums behind it with their
-// gradient.
+// ddecay of the tokens of a run. With h the sums before the run, dh the gradient behind it, and p . dp = what
+// comes from the run + s_j from dh: the sum of f . df - p . dp from a token on, plus <h', dh> of the sums h'
+// behind the run, in which the s_j from the token on cancel and do so here before anything is rounded:
+//   ddecay_i = sum over j >= i of (f . df - p . dp + s)_j + sum over j < i of s_j + exp(b_N) <h, dh>
 struct LinearDecayGrad {
   Linear a;
   LinearRuns runs;
   States states, grads;
-  const float *of_queries, *of_keys;  // [parts, B, heads, n]
+  const float *keep, *of_queries, *of_keys, *of_states;  // of_*: [parts, B, heads, n]
   int32_t parts;
   float* ddecay;
 };

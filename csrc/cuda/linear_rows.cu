@@ -289,10 +289,11 @@ __device__ void finish_values(RowsWork<T>& w, const Square& y) {
 // Of features: y . f of this head, in the precision of the products, so that what cancels between queries and
 // keys does.
 template <class T>
-__device__ void store_overlaps(const RowsWork<T>& w, const Square& y) {
+__device__ void store_overlaps(const RowsWork<T>& w, const Square& y, float* to) {
   const LinearRows& p = w.p;
   const Operand& o = p.own;
-  const int64_t n = p.a.n_k, base = (w.rows.sample * p.a.heads + w.head) * n + w.rows.begin;
+  const int64_t per_part = p.a.batch * p.a.heads * p.a.n_k;
+  const int64_t base = (w.rows.sample * p.a.heads + w.head) * p.a.n_k + w.rows.begin;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = row_at(2 * r);
@@ -314,7 +315,7 @@ __device__ void store_overlaps(const RowsWork<T>& w, const Square& y) {
     }
     dot = row_sum(dot);
     if (lane_pair() == 0 && row < w.rows.count) {
-      p.overlaps[w.slice * p.a.batch * p.a.heads * n + base + row] = there ? dot : 0.0f;
+      to[w.slice * per_part + base + row] = there ? dot : 0.0f;
     }
   }
 }
@@ -364,9 +365,10 @@ __global__ void __launch_bounds__(kMaxThreads) linear_rows_kernel(LinearRows p) 
     Square y = {};
     w.set_head(first_head + g);
     w.read_states(y);
+    if (p.state_overlaps) store_overlaps(w, y, p.state_overlaps);
     if (p.scope == kWithin) w.read_run(y);
     if (p.role == kRowsOut || p.role == kRowsDv) return finish_values(w, y);
-    if (p.overlaps) store_overlaps(w, y);
+    if (p.overlaps) store_overlaps(w, y, p.overlaps);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll

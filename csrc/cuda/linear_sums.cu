@@ -139,14 +139,12 @@ __global__ void __launch_bounds__(kMaxThreads) linear_decay_grad_kernel(LinearDe
   const int head = take_index(block, a.heads), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Run run = run_of(p.runs, block);
   if (run.count == 0) return;
-  const bool last = run.first + run.count == run.length;
-  const Sums behind = last ? p.states.end(run.sequence, head) : p.states.at(run.slot + 1, head);
-  const Sums grad = p.grads.at(run.slot, head);
+  const Sums before = p.states.at(run.slot, head), grad = p.grads.at(run.slot, head);
   float overlap = 0.0f;
   for (int64_t i = threadIdx.x; i < p.states.s_size; i += kMaxThreads)
-    overlap = fmaf(behind.s[i], grad.s[i], overlap);
+    overlap = fmaf(before.s[i], grad.s[i], overlap);
   for (int64_t i = threadIdx.x; i < p.states.z_size; i += kMaxThreads)
-    overlap = fmaf(behind.z[i], grad.z[i], overlap);
+    overlap = fmaf(before.z[i], grad.z[i], overlap);
   for (int lanes = 16; lanes; lanes /= 2) overlap += simt::shfl_xor(overlap, lanes);
   if (lane == 0) of_warps[warp] = overlap;
   simt::sync_threads();
@@ -155,27 +153,31 @@ __global__ void __launch_bounds__(kMaxThreads) linear_decay_grad_kernel(LinearDe
   for (int i = 0; i < kMaxThreads / 32; ++i) overlap += of_warps[i];
 
   const int64_t base = (run.sample * a.heads + head) * a.n_k + run.begin, all = a.batch * a.heads * a.n_k;
-  float sums[kEach],
-      sum = 0.0f;  // lane l has the tokens from kEach l on: sums from a token to the lane's end
+  float own[kEach] = {}, states[kEach] = {};  // lane l has the tokens from kEach l on
+  float after = 0.0f, until = 0.0f;
 #pragma unroll
-  for (int i = kEach - 1; i >= 0; --i) {
+  for (int i = 0; i < kEach; ++i) {
     const int at = lane * kEach + i;
     for (int part = 0; at < run.count && part < p.parts; ++part) {
-      sum += p.of_queries[part * all + base + at] - p.of_keys[part * all + base + at];
+      const int64_t from = part * all + base + at;
+      states[i] += p.of_states[from];
+      own[i] += p.of_queries[from] - (p.of_keys[from] - p.of_states[from]);
     }
-    sums[i] = sum;
+    after += own[i], until += states[i];
   }
-  float behind_lane = sum;
-  for (int step = 1; step < 32; step *= 2) {
-    const float after = simt::shfl(behind_lane, (lane + step) & 31);
-    if (lane + step < 32) behind_lane += after;
+  const float own_sum = after, state_sum = until;
+  for (int step = 1; step < 32; step *= 2) {  // sums over the lanes from this one on, and up to it
+    const float higher = simt::shfl(after, (lane + step) & 31), lower = simt::shfl(until, (lane - step) & 31);
+    if (lane + step < 32) after += higher;
+    if (lane >= step) until += lower;
   }
-  const float next = simt::shfl(behind_lane, (lane + 1) & 31);
-  behind_lane = overlap + (lane < 31 ? next : 0.0f);
+  after -= own_sum, until -= state_sum;
+  float sum = after + own_sum + until + p.keep[run.slot * a.heads + head] * overlap;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int64_t token = run.sample * a.n_k + run.begin + lane * kEach + i;
-    if (lane * kEach + i < run.count) p.ddecay[token * a.heads + head] = sums[i] + behind_lane;
+    if (lane * kEach + i < run.count) p.ddecay[token * a.heads + head] = sum;
+    sum += states[i] - own[i];
   }
 }
 

@@ -1,4 +1,4 @@
-"""The ops vicinal::hash_fwd and hash_bwd, and their launches on the CPU."""
+"""The ops vicinal::hash_fwd and hash_bwd, and their launches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _cuda
 from ._attend import accumulator
 from ._backends import _C, Row
 from ._family import Family, autograd_function, define
@@ -68,22 +68,39 @@ def _problem(tensors: Sequence[Tensor], itself: bool, offset: float) -> tuple[in
     )
 
 
-def _cpu_forward(tensors: Sequence[Tensor], options: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+def forward_arguments(
+    tensors: Sequence[Tensor], options: Sequence[Any], outputs: Sequence[Tensor]
+) -> tuple[int | float, ...]:
     out, codes, state = outputs
-    written = (*_rows(out), codes.data_ptr(), state.data_ptr())
-    _C.hash_fwd((*_problem(tensors, *options), *written, torch.get_num_threads()))
+    return (*_problem(tensors, *options), *_rows(out), codes.data_ptr(), state.data_ptr())
 
 
-def _cpu_backward(
+def backward_arguments(
     dout: Tensor,
     saved: Sequence[Tensor],
     tensors: Sequence[Tensor],
     options: Sequence[Any],
     results: Sequence[Tensor],
-) -> None:
+) -> tuple[int | float, ...]:
     codes, state = saved
     moved = (*_rows(dout), *_rows(results[0]), *_rows(results[1]), codes.data_ptr(), state.data_ptr())
-    _C.hash_bwd((*_problem(tensors, *options), *moved, torch.get_num_threads()))
+    return (*_problem(tensors, *options), *moved)
+
+
+def _cpu_forward(*args: Any) -> None:
+    _C.hash_fwd((*forward_arguments(*args), torch.get_num_threads()))
+
+
+def _cpu_backward(*args: Any) -> None:
+    _C.hash_bwd((*backward_arguments(*args), torch.get_num_threads()))
+
+
+def _cuda_forward(*args: Any) -> None:
+    _cuda.launch("hash_fwd", forward_arguments(*args), args[0][0].device)
+
+
+def _cuda_backward(*args: Any) -> None:
+    _cuda.launch("hash_bwd", backward_arguments(*args), args[0].device)
 
 
 def _forward(launch: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
@@ -123,11 +140,8 @@ def _triton_backward(*args: Any) -> None:
     backward(*args)
 
 
-def _no_cuda(device: str) -> str:
-    return "hash attention has no CUDA C++ kernels yet"
-
-
 MISSING = frozenset({"long codes"})
+MOST_ANCHORS = 96  # of the CUDA kernels: 99 KiB of shared memory hold no more
 _backends.register(Row("cpu", "hash", ("cpu",), FLOATS, _backends.have_cpu, missing=MISSING))
 _backends.register(
     Row(
@@ -142,9 +156,20 @@ _backends.register(
         wrong=frozenset({("cpu", torch.bfloat16)}),  # Triton's interpreter
     )
 )
-_backends.register(Row("cuda", "hash", ("cuda",), FLOATS, _no_cuda, missing=frozenset({"all kernels"})))
+CUDA = Row(
+    "cuda",
+    "hash",
+    ("cuda",),
+    (torch.float32, torch.bfloat16, torch.float16),
+    _backends.have_cuda,
+    max_head_dim=256,
+    min_arch=80,
+    missing=MISSING | {"anchors above 96"},
+)
+_backends.register(CUDA)
 _backends.register(Row("reference", "hash", ("any",), FLOATS, _backends.have_reference))
 define(HASH, "cpu", _forward(_cpu_forward), _backward(_cpu_backward))
+define(HASH, "cuda", _forward(_cuda_forward), _backward(_cuda_backward))
 define(HASH, "triton", _forward(_triton_forward), _backward(_triton_backward))
 
 

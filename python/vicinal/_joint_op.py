@@ -1,4 +1,4 @@
-"""The ops vicinal::joint_fwd and joint_bwd, and their launches on the CPU."""
+"""The ops vicinal::joint_fwd and joint_bwd, and their launches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backends
+from . import _backends, _cuda
 from ._attend import accumulator
 from ._backends import _C, Row
 from ._family import Family, autograd_function, define, empty_gradient
@@ -122,25 +122,46 @@ def _problem(tensors: Sequence[Any], o: Options) -> tuple[int | float, ...]:
     )
 
 
-def _cpu_forward(tensors: Sequence[Any], o: Options, outputs: Sequence[Tensor]) -> None:
+def forward_arguments(
+    tensors: Sequence[Any], o: Options, outputs: Sequence[Tensor]
+) -> tuple[int | float, ...]:
     matrices = (number for x in outputs[:4] for number in _matrix(x))
-    _C.joint_fwd((*_problem(tensors, o), *matrices, outputs[4].data_ptr(), torch.get_num_threads()))
+    return (*_problem(tensors, o), *matrices, outputs[4].data_ptr())
 
 
-def _cpu_backward(
+def backward_arguments(
     grads: Sequence[Any],
     saved: Sequence[Tensor],
     tensors: Sequence[Any],
     o: Options,
     results: Sequence[Tensor],
-) -> None:
+    scratch: Tensor,
+) -> tuple[int | float, ...]:
+    """scratch: memory like the state."""
     inner_v, inner_u, state = saved
-    scratch = torch.empty_like(state)
     read = (number for x in (inner_v, inner_u, *grads) for number in _matrix(x))
     written = (number for x in results[:6] for number in _matrix(x))
     dbias = 0 if tensors[6] is None else results[6].data_ptr()
     states = (state.data_ptr(), scratch.data_ptr())
-    _C.joint_bwd((*_problem(tensors, o), *read, *states, *written, dbias, torch.get_num_threads()))
+    return (*_problem(tensors, o), *read, *states, *written, dbias)
+
+
+def _cpu_forward(*args: Any) -> None:
+    _C.joint_fwd((*forward_arguments(*args), torch.get_num_threads()))
+
+
+def _cpu_backward(*args: Any) -> None:
+    scratch = torch.empty_like(args[1][2])
+    _C.joint_bwd((*backward_arguments(*args, scratch), torch.get_num_threads()))
+
+
+def _cuda_forward(*args: Any) -> None:
+    _cuda.launch("joint_fwd", forward_arguments(*args), args[0][4].device)
+
+
+def _cuda_backward(*args: Any) -> None:
+    scratch = torch.empty_like(args[1][2])
+    _cuda.launch("joint_bwd", backward_arguments(*args, scratch), scratch.device)
 
 
 def _forward(launch: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
@@ -180,10 +201,6 @@ def _triton_backward(*args: Any) -> None:
     backward(*args)
 
 
-def _no_cuda(device: str) -> str:
-    return "joint attention has no CUDA C++ kernels yet"
-
-
 # float16: rounding the gradient of the scores for its products leaves up to 2.3e-3 (RMS); 2e-3 is allowed.
 # float64: Triton 3.7 does not compile the kernels with bias, gate and laplace.
 TRITON_FLOATS = (torch.float32, torch.bfloat16)
@@ -201,9 +218,18 @@ _backends.register(
         wrong=WRONG_IN_INTERPRETER,
     )
 )
-_backends.register(Row("cuda", "joint", ("cuda",), FLOATS, _no_cuda, missing=frozenset({"all kernels"})))
+CUDA = Row(
+    "cuda",
+    "joint",
+    ("cuda",),
+    (torch.float32, torch.bfloat16, torch.float16),
+    _backends.have_cuda,
+    min_arch=80,
+)
+_backends.register(CUDA)
 _backends.register(Row("reference", "joint", ("any",), FLOATS, _backends.have_reference))
 define(JOINT, "cpu", _forward(_cpu_forward), _backward(_cpu_backward))
+define(JOINT, "cuda", _forward(_cuda_forward), _backward(_cuda_backward))
 define(JOINT, "triton", _forward(_triton_forward), _backward(_triton_backward))
 
 

@@ -15,7 +15,7 @@ from . import _backends
 from . import _hash_check as check
 from ._attend import accumulator
 from ._choice import Key, choose, problem_key, problem_of
-from ._hash_op import hash_op
+from ._hash_op import MOST_ANCHORS, hash_op
 from ._hash_reference import BITS
 from ._hash_reference import hash_ as reference
 
@@ -96,7 +96,9 @@ def _prepare(
 
 
 def _key(qk: Tensor, v: Tensor, weight: Tensor) -> Key:
-    return problem_key("hash", qk, v, ("long codes",) if weight.shape[-2] > BITS else ())
+    many = f"anchors above {MOST_ANCHORS}"
+    features = [("long codes", weight.shape[-2] > BITS), (many, weight.shape[-1] > MOST_ANCHORS)]
+    return problem_key("hash", qk, v, [name for name, there in features if there])
 
 
 def _explained(*args: Any, **kwargs: Any) -> Any:

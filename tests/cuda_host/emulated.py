@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vicinal import _backends, _launch, _neighborhood_op, _neighborhood_run, _windowed_op, _windowed_run
+from vicinal import _backends, _launch, _neighborhood_op, _windowed_op
 from vicinal._attend import AttendCall, AttendGrads
 
 from .conftest import CSRC, HERE, HostBuild, run_program
@@ -66,7 +66,9 @@ class Emulation:
         layout = self.layouts[kind].replace("P", "q")
         params = struct.pack(f"@{layout}0q", *arguments)
         pointers = [
-            struct.calcsize(f"@{layout[: i + 1]}") - 8 for i, code in enumerate(self.layouts[kind]) if code == "P"
+            struct.calcsize(f"@{layout[: i + 1]}") - 8
+            for i, code in enumerate(self.layouts[kind])
+            if code == "P"
         ]
         head = struct.pack("@8s4q", kind.encode(), self.order, self.copies, self.seed, self.shared_memory)
         head += struct.pack("@q", len(params)) + params
