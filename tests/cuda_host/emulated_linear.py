@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ SOURCES = [HERE / "linear_driver.cpp", *sorted((CSRC / "cuda").glob("linear*.cu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def tensors_of(*records: object) -> list[Tensor]:
-    values = [getattr(r, f.name) for r in records for f in fields(r)]  # type: ignore[arg-type]
+def tensors_of(*records: Any) -> list[Tensor]:
+    values = [getattr(r, f.name) for r in records for f in fields(r)]
     return [v for v in values if isinstance(v, Tensor)]
 
 

@@ -4,6 +4,7 @@ option, layout and way of cutting is there."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_steps_are_the_full_run(name: str, host_build: HostBuild) -> None:
             decay = tensors.get("decay")
             if decay is not None and decay.dim() == 3:
                 decay = decay[:, t : t + 1]
-            options = {"normalize": problem.normalize, "scale": problem.scale, "decay": decay}
+            options: dict[str, Any] = {"normalize": problem.normalize, "scale": problem.scale, "decay": decay}
             maps = feature_maps(problem, tensors)
             outs.append(
                 linear_attention_step(q, k, v, state, feature_map=maps, backend="emulated", **options)
