@@ -43,6 +43,9 @@ struct HashSums {
       : s(at), v(at + a.bits * a.dim_v), z(v + a.dim_v), sigma(z + a.bits) {}
 };
 
+// Hash::state_size, on the device too.
+__device__ inline int64_t state_floats(const Hash& a) { return int64_t{a.bits + 1} * a.dim_v + a.bits + 1; }
+
 __device__ inline float sign_of(int32_t word, int bit) { return word >> bit & 1 ? 1.0f : -1.0f; }
 
 // Channels first_channel .. of the tokens first .. as tile [kHashTile][kHashRow], 0 beyond either end.

@@ -62,7 +62,7 @@ struct Reads {
 };
 
 __device__ inline HashSums state_of(const HashBackward& p, const HashBlock& b) {
-  const float* state = static_cast<const float*>(p.w.state) + b.pair * p.w.a.state_size();
+  const float* state = static_cast<const float*>(p.w.state) + b.pair * state_floats(p.w.a);
   return HashSums(p.w.a, const_cast<float*>(state));
 }
 

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kMaxThreads) hash_sigma_kernel(HashForward p) 
   }
   for (int lanes = 16; lanes; lanes /= 2) sum += simt::shfl_xor(sum, lanes);
   if (lane == 0) {
-    const HashSums to(a, static_cast<float*>(p.w.state) + pair * a.state_size());
+    const HashSums to(a, static_cast<float*>(p.w.state) + pair * state_floats(a));
     *to.sigma = 1.0f + sum / static_cast<float>(a.anchors);
   }
 }
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMaxThreads) hash_codes_kernel(HashForward p) 
   float* squares = carver.take<float>(a.anchors);
   float* sums = carver.take<float>(static_cast<int>((a.bits + 1) * a.dim_v + a.bits));
   const HashBlock b(a, p.cut);
-  const HashSums state(a, static_cast<float*>(p.w.state) + b.pair * a.state_size());
+  const HashSums state(a, static_cast<float*>(p.w.state) + b.pair * state_floats(a));
   const float* weight = static_cast<const float*>(a.weight) + int64_t{b.head} * a.bits * a.anchors;
   const float* mean = static_cast<const float*>(a.mean) + int64_t{b.head} * a.anchors;
   const float factor = -0.5f / *state.sigma;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads) hash_results_kernel(HashForward p
   float* factors = carver.take<float>(kHashTile);
   int32_t* words = carver.take<int32_t>(kHashTile);
   const HashBlock b(a, p.cut);
-  const HashSums state(a, static_cast<float*>(p.w.state) + b.pair * a.state_size());
+  const HashSums state(a, static_cast<float*>(p.w.state) + b.pair * state_floats(a));
   const float offset = static_cast<float>(a.offset);
   if (b.first + threadIdx.x < b.last) {
     words[threadIdx.x] = p.w.codes[b.pair * a.n + b.first + threadIdx.x];
