@@ -131,6 +131,7 @@ class BruteForce:
             if pair is None:
                 continue
             s = self.score(q, pair[0], h) + self.bias(h, n, m, q_w, k_w)
+            s += self.contextual(q, h, n, m, q_w, k_w)
             s += self.added(b, h, window, n, m, key)
             if key_wraps != wraps:
                 s = -math.inf if p.activation != "softmax" else s + self.windows.mask_value
@@ -180,6 +181,17 @@ class BruteForce:
         if self.mask is not None:
             mask = self.mask if self.mask.dim() == 4 else self.mask[:, None]
             total += float(mask[window % len(mask), h % mask.shape[1], n, m])
+        return total
+
+    def contextual(self, q: list[float], h: int, n: int, m: int, q_w: Any, k_w: Any) -> float:
+        """The products of the query with the rows of its offset from the key."""
+        if not self.problem.rel_pos:
+            return 0.0
+        total = 0.0
+        for a, (x, y) in enumerate(zip(coordinates(q_w)[n], coordinates(k_w)[m])):
+            table = self.values[f"rel_pos_{a}"]
+            rows = table[h] if self.problem.rel_pos == "heads" else table
+            total += math.fsum(c * r for c, r in zip(q, rows[x - y + k_w[a] - 1]))
         return total
 
     def bias(self, h: int, n: int, m: int, q_window: tuple[int, ...], k_window: tuple[int, ...]) -> float:

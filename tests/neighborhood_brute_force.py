@@ -110,12 +110,24 @@ def pairs(axes: list[Axis]) -> Pairs:
     return found
 
 
+def contextual(p: Problem, tables: dict[str, list], row: list[float], h: int, entry: int) -> float:
+    """The products of a query with the rows of its offset; `entry`: of a flat table of all offsets."""
+    total = 0.0
+    for a, axis in reversed(list(enumerate(axes_of(p)))) if tables else ():
+        entry, r = divmod(entry, 2 * axis.kernel - 1)
+        table = tables[f"rel_pos_{a}"]
+        rows = table[h] if p.rel_pos == "heads" else table
+        total += math.fsum(x * y for x, y in zip(row, rows[r]))
+    return total
+
+
 def solve(problem: Problem, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """out and lse, in float64."""
     p = problem
     given = {n: t.detach().double().tolist() for n, t in tensors.items() if n.startswith("extra")}
     q, k, v = (tensors[n].detach().double().flatten(1, -3).tolist() for n in "qkv")
     bias = tensors["bias"].detach().double().flatten(1).tolist() if p.bias else None
+    tables = {n: t.detach().double().tolist() for n, t in tensors.items() if n.startswith("rel_pos")}
     mask = tensors.get("key_padding_mask")
     ignored = None if mask is None else mask.flatten(1).tolist()
     scale = p.dim**-0.5 if p.scale is None else p.scale
@@ -129,6 +141,7 @@ def solve(problem: Problem, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]
         for j, (entry, _) in keys.items():
             if ignored is None or not ignored[b][j]:
                 added = bias[h][entry] if bias else 0.0
+                added += contextual(p, tables, row, h, entry)
                 scores.append(scale * math.fsum(x * y for x, y in zip(row, k[b][j][shared])) + added)
                 values.append(v[b][j][shared])
         for e in range(p.extra):

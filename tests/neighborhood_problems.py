@@ -14,6 +14,7 @@ class Problem:
     space: the grid of the keys. q_length: queries on its one axis, 0: as many as keys. kv_heads: 0: as many
     as heads. low_bias: the bias is in q's dtype instead of float32. extra: extra keys. padding: "" none,
     "bool" (30 % of the keys), "window" (the first half of the first axis), "sample" (one sample has no key).
+    rel_pos: "" none, "shared" tables, or "heads", a table per head.
     layout: "contiguous", "packed" (views of one qkv tensor), "transposed" (heads before the grid), "crop"
     (views into a buffer of NaN), "expanded" (one sample of k and v for all), "qkvpacked" (the packed
     function).
@@ -31,6 +32,7 @@ class Problem:
     scale: float | None = None
     bias: bool = False
     low_bias: bool = False
+    rel_pos: str = ""
     extra: int = 0
     padding: str = ""
     dropout_p: float = 0.0
@@ -184,6 +186,20 @@ OPTIONS = (
     ),
 )
 
+CONTEXT = (
+    Problem("rel-pos-1d", (13,), N(3), rel_pos="shared"),
+    Problem("rel-pos-2d", (7, 9), N((3, 4), dilation=(2, 1)), rel_pos="heads", bias=True),
+    Problem("rel-pos-3d", (4, 5, 6), N((3, 2, 3)), rel_pos="shared", dim=5, dim_v=3),
+    Problem("rel-pos-stride", (14,), N(5, stride=3), rel_pos="shared", extra=2),
+    Problem("rel-pos-causal", (14,), N(5, stride=3, is_causal=True), rel_pos="heads", padding="bool"),
+    Problem("rel-pos-dense-groups", (6, 8), N((3, 4), dilation=2), rel_pos="shared", dropout_p=0.3),
+    Problem("rel-pos-truncate", (14,), N((4, 1), dilation=2, border="truncate"), rel_pos="heads"),
+    Problem("rel-pos-truncate-above-axis", (5,), N(13, border="truncate"), rel_pos="shared"),
+    Problem("rel-pos-more-keys", (17,), N((4, 1), border="truncate"), q_length=6, rel_pos="shared"),
+    Problem("rel-pos-grouped", (7, 6), N(3), heads=4, kv_heads=2, rel_pos="heads", scale=0.0),
+    Problem("rel-pos-packed", (8, 6), N(3), rel_pos="shared", layout="qkvpacked", dropout_p=1.0),
+)
+
 HEAD_DIMS = tuple(
     Problem(f"dim-{d}-{e}", (6, 5), N(3, dilation=(2, 1)), dim=d, dim_v=e, bias=True, batch=1)
     for d, e in (
@@ -192,7 +208,7 @@ HEAD_DIMS = tuple(
     )
 )
 
-PROBLEMS = (*SHAPES, *TRUNCATED, *OPTIONS, *HEAD_DIMS)
+PROBLEMS = (*SHAPES, *TRUNCATED, *OPTIONS, *CONTEXT, *HEAD_DIMS)
 BY_NAME = {p.name: p for p in PROBLEMS}
 assert len(BY_NAME) == len(PROBLEMS), "two problems share a name"
 

@@ -44,6 +44,9 @@ def make(
     tensors = dict(zip("qkv", _laid_out(drawn, p.layout), strict=True))
     if p.bias:
         tensors["bias"] = normal(*table_shape(p)).to(dtype if p.low_bias else accumulator(dtype))
+    for a, n in enumerate(table_shape(p)[1:] if p.rel_pos else ()):
+        rows = (n, p.dim) if p.rel_pos == "shared" else (p.heads, n, p.dim)
+        tensors[f"rel_pos_{a}"] = (normal(*rows) * 0.5).to(accumulator(dtype))
     if p.extra:
         for name, width in (("extra_k", p.dim), ("extra_v", p.value_dim)):
             extra = normal(p.batch, p.extra, p.key_heads, width).to(dtype)
@@ -87,7 +90,8 @@ def options(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The keyword arguments of `prepare` besides q, k, v and the neighborhood."""
     names = ("bias", "extra_k", "extra_v", "key_padding_mask")
     given = {name: tensors.get(name) for name in names}
-    return {**given, "scale": problem.scale, "dropout_p": problem.dropout_p}
+    tables = tuple(tensors[f"rel_pos_{a}"] for a in range(len(problem.space))) if problem.rel_pos else None
+    return {**given, "rel_pos": tables, "scale": problem.scale, "dropout_p": problem.dropout_p}
 
 
 def run(problem: Problem, tensors: dict[str, Tensor], backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -145,6 +149,8 @@ def _dense(problem: Problem, tensors: dict[str, Tensor], c: float, backwards: bo
     assert q is not None
     assert k is not None
     assert v is not None
+    if given["rel_pos"] is not None:
+        given["rel_pos"] = tuple(changed(t, 1 / c) for t in given["rel_pos"])
     for name, factor in (("extra_k", 1.0), ("extra_v", c)):
         given[name] = changed(given[name], factor)
     out, lse = run_reference(prepare(q, k, v, problem.where, **given), seed, q.dtype)

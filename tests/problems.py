@@ -62,6 +62,8 @@ def make(
     if p.bias:
         low = dtype if p.low_bias else acc
         tensors["bias"] = normal(*_bias_shape(p)).to(low)
+    for a, shape in enumerate(rel_pos_shapes(p)):
+        tensors[f"rel_pos_{a}"] = (normal(*shape) * 0.5).to(acc)
     if p.cosine:  # around Swin V2's log 10; one head is above the bound log 100
         tensors["logit_scale"] = (1.5 + 0.5 * normal(p.heads)).index_fill(0, torch.tensor(0), 5.0).to(acc)
     small = {
@@ -125,6 +127,15 @@ def _bias_shape(p: Problem) -> tuple[int, ...]:
     return prod(a + b - 1 for a, b in zip(q_window, k_window, strict=True)), p.heads
 
 
+def rel_pos_shapes(p: Problem) -> list[tuple[int, ...]]:
+    if not p.rel_pos:
+        return []
+    geometry = geometry_of(p.windows, len(p.space))
+    axes = geometry.axes(geometry.groups[0], p.query_space, p.space)
+    rows = [a.q_window + (a.kv or a.window) - 1 for a in axes]
+    return [(n, p.dim) if p.rel_pos == "shared" else (p.heads, n, p.dim) for n in rows]
+
+
 def _padding(p: Problem, generator: torch.Generator) -> Tensor:
     shape = (p.batch, *p.space)
     if p.padding == "float":
@@ -179,6 +190,7 @@ def arguments(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {
         "windows": p.windows,
         "bias": bias,
+        "rel_pos": tuple(tensors[f"rel_pos_{a}"] for a in range(len(p.space))) if p.rel_pos else None,
         "scale": p.scale,
         **given,
         "activation": p.activation,
@@ -242,6 +254,8 @@ def _dense(problem: Problem, tensors: dict[str, Tensor], c: float, backwards: bo
     assert q is not None
     assert k is not None
     assert v is not None
+    if given["rel_pos"] is not None:
+        given["rel_pos"] = tuple(changed(t, 1 / c) for t in given["rel_pos"])
     for name, factor in (("edge_k", 1.0), ("extra_k", 1.0), ("edge_v", c), ("extra_v", c)):
         given[name] = changed(given[name], factor)
     out, lse = run_reference(prepare(q, k, v, **given), seed, q.dtype)

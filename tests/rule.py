@@ -13,7 +13,7 @@ from torch import Tensor
 
 TRAINED = (
     *("q", "k", "v", "bias", "logit_scale", "edge_k", "edge_v", "extra_k", "extra_v", "extra_bias"),
-    *("q_table", "k_table", "v_table", "angles"),
+    *("q_table", "k_table", "v_table", "angles", "rel_pos_0", "rel_pos_1", "rel_pos_2"),
 )
 INF = float("inf")
 

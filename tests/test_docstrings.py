@@ -11,7 +11,7 @@ import torch
 
 import vicinal
 
-LIBRARIES = ("natten_modules", "timm", "torchvision", "transformers")
+LIBRARIES = ("geometric", "natten_modules", "timm", "torchvision", "transformers")
 
 
 def modules() -> list[str]:

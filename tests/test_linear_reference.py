@@ -5,6 +5,7 @@ code, and the formulas of published layers.
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from typing import Any
 
@@ -154,6 +155,23 @@ def test_favor_estimates_softmax() -> None:
     assert float((out - expected).norm() / expected.norm()) < 0.1
 
 
+def test_packed_favor_is_separate_favor() -> None:
+    torch.manual_seed(0)
+    q, k, v = (3 * torch.randn(1, 60, 2, 8, dtype=torch.float64) for _ in range(3))
+    maps = FeatureMap("favor", projection=favor_projection(8, 24))
+    ends = [0, 1, 1, 23, 55]  # one token, none, and five after the last end
+    ignored = torch.arange(60)[None] % 7 == 3
+
+    def run(at: slice, **more: Any) -> Tensor:
+        mask = ignored[:, at]
+        return attend(q[:, at], k[:, at], v[:, at], feature_map=maps, eps=0.0, key_padding_mask=mask, **more)
+
+    packed = run(slice(None), cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    alone = [run(slice(a, b)) for a, b in itertools.pairwise(ends) if b > a]
+    torch.testing.assert_close(packed[:, :55], torch.cat(alone, 1))
+    assert not packed[:, 55:].any()
+
+
 def inputs(
     n: int = 96, heads: int = 3, dim: int = 8, dim_v: int = 8, dtype: Any = torch.float64
 ) -> list[Tensor]:
@@ -183,14 +201,15 @@ def test_linear_transformer(causal: bool) -> None:
     torch.testing.assert_close(attend(q, k, v, is_causal=causal), expected)
 
 
-def test_lite_mla() -> None:
+@pytest.mark.parametrize("eps", [1e-15, 1e-8], ids=["LiteMLA", "SANA"])
+def test_lite_mla(eps: float) -> None:
     qkv = torch.randn(2, 4, 3 * 16, 49, dtype=torch.float64)  # [B, heads, 3 D, H * W]
     q, k, v = qkv.chunk(3, 2)
     padded = F.pad(v, (0, 0, 0, 1), value=1.0)
     out = padded @ F.relu(k).transpose(-1, -2) @ F.relu(q)
-    expected = out[:, :, :-1] / (out[:, :, -1:] + 1e-15)
+    expected = out[:, :, :-1] / (out[:, :, -1:] + eps)
     tokens = [x.permute(0, 3, 1, 2) for x in (q, k, v)]
-    got = attend(*tokens, feature_map="relu", eps=1e-15)
+    got = attend(*tokens, feature_map="relu", eps=eps)
     assert got.permute(0, 2, 3, 1).is_contiguous()
     torch.testing.assert_close(got.permute(0, 2, 3, 1), expected)
 
@@ -213,6 +232,25 @@ def test_flatten_transformer(scope: str) -> None:
         "bnhk,bhkv,bnh->bnhv", a, torch.einsum("bnhk,bnhv->bhkv", b * n**-0.5, v * n**-0.5), z
     )
     torch.testing.assert_close(attend(q, k, v, feature_map=maps, eps=1e-6 * n), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_performer(causal: bool) -> None:
+    q, k, v = inputs()
+    w = favor_projection(8, 24).double()
+
+    def phi(x: Tensor, highest: tuple[int, ...]) -> Tensor:
+        t = x * 8**-0.25 @ w.T
+        shift = t.amax(highest, keepdim=True) if highest else 0
+        return (torch.exp(t - x.square().sum(-1, keepdim=True) * 8**-0.5 / 2 - shift) + 1e-4) / 24**0.5
+
+    a, b = phi(q, (-1,)), phi(k, () if causal else (1, 3))
+    weights = torch.einsum("bihm,bjhm->bhij", a, b)
+    weights = weights.tril() if causal else weights
+    eps = 1e-6 if causal else 0.0
+    expected = torch.einsum("bhij,bjhd->bihd", weights / (weights.sum(-1, keepdim=True) + eps), v)
+    maps = FeatureMap("favor", projection=w)
+    torch.testing.assert_close(attend(q, k, v, feature_map=maps, eps=eps, is_causal=causal), expected)
 
 
 def rotated(x: Tensor) -> Tensor:

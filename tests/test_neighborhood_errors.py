@@ -229,6 +229,18 @@ CALLS: list[tuple[type[Exception], str, dict[str, Any]]] = [
         "extra_v is on meta|cpu",
         {"extra_k": rand(2, 1, KV_HEADS, DIM), "extra_v": torch.empty(2, 1, KV_HEADS, DIM_V, device="meta")},
     ),
+    (TypeError, "rel_pos is a Tensor|tuple", {"rel_pos": rand(5, DIM)}),
+    (ValueError, "rel_pos has 3 tables|2 axes", {"rel_pos": (rand(5, DIM),) * 3}),
+    (ValueError, "rel_pos[0] has shape [6, 4]|[5, 4]", {"rel_pos": (rand(6, 4), rand(5, DIM))}),
+    (
+        ValueError,
+        "rel_pos needs a window of a fixed size|axis 0",
+        {
+            "kernel_size": ((-1, -1), 3),
+            "border": "truncate",
+            "rel_pos": (rand(5, DIM), rand(5, DIM)),
+        },
+    ),
     (TypeError, "key_padding_mask is a list|tensor", {"key_padding_mask": [True]}),
     (
         ValueError,

@@ -99,6 +99,7 @@ DIFFERENTIATED = [
     "dropout-grouped",
     "dropout-all",
     "everything",
+    "rel-pos-causal",
 ]
 
 

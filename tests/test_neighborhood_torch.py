@@ -101,6 +101,7 @@ COMPILED = (
     "extra-grouped",
     "padding-window",
     "qkvpacked",
+    "rel-pos-2d",
 )
 
 

@@ -143,3 +143,31 @@ def test_arguments_are_checked() -> None:
         WindowedAttention(30, (7, 7), 4)
     with pytest.raises(ValueError, match="qk_scale must be None with cosine=True"):
         WindowedAttention(32, (7, 7), 4, cosine=True, qk_scale=1.0)
+
+
+@pytest.mark.parametrize("size", [(14, 21), (15, 11)])
+def test_contextual_tables_are_those_of_segment_anything(size: tuple[int, int]) -> None:
+    """timm pads the map with zeros, partitions it and adds the products with the tables to the scores."""
+    sam = library("timm.models.vision_transformer_sam")
+    theirs = sam.Attention(32, num_heads=2, use_rel_pos=True, input_size=(7, 7))
+    redraw(theirs)
+    ours = WindowedAttention(32, (7, 7), 2, relative_bias=False, contextual=True)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+
+    class Partitioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = theirs
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts, padded = sam.window_partition(x, 7)
+            return sam.window_unpartition(self.attn(parts), 7, x.shape[1:3], padded)
+
+    x = torch.randn(2, *size, 32)
+    actual = {n if n in ("input", "output") else f"attn.{n}": t for n, t in gradients(ours, x).items()}
+    expected = gradients(Partitioned().double(), x.double())
+    assert_same(
+        {n if n in expected else n.removeprefix("attn."): t for n, t in actual.items()}, expected, 1e-5
+    )
+    theirs.float().load_state_dict(ours.state_dict(), strict=True)

@@ -13,7 +13,7 @@ from brute_force import BruteForce
 from models_support import library
 from problems import BY_NAME, PROBLEMS, TRAINED, Problem, make, run
 from torch import Tensor
-from windowed_problems import OPTIONS
+from windowed_problems import CONTEXT, OPTIONS
 
 from vicinal import Windows, reference, windowed_attention
 
@@ -148,7 +148,7 @@ def differentiable(problem: Problem) -> tuple[Any, list[Tensor]]:
     return function, [tensors[n] for n in names]
 
 
-@pytest.mark.parametrize("problem", [p for p in OPTIONS if p in SMALL], ids=str)
+@pytest.mark.parametrize("problem", [p for p in (*OPTIONS, *CONTEXT) if p in SMALL and p.batch], ids=str)
 def test_gradients_are_those_of_finite_differences(problem: Problem) -> None:
     function, inputs = differentiable(replace(problem, batch=1))
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
@@ -170,6 +170,7 @@ TWICE = [
     "relu",
     "none",
     "dropout-extra",
+    "rel-pos-const-shift",
 ]
 
 

@@ -103,6 +103,8 @@ COMPILED = (
     "pooled",
     "stripes",
     "qkvpacked",
+    "rel-pos-roll-pad",
+    "rel-pos-cosine",
 )
 
 
@@ -113,7 +115,10 @@ def test_compile_every_option(name: str, backend: str) -> None:
     tensors = make(problem, torch.float32, device_of(backend))
 
     def function(given: dict[str, Tensor]) -> Any:
-        q, k, v, rest = given["q"], given["k"], given["v"], {n: t for n, t in given.items() if n not in "qkv"}
+        q, k, v = given["q"], given["k"], given["v"]
+        rest: dict[str, Any] = {n: t for n, t in given.items() if n not in "qkv"}
+        if problem.rel_pos:
+            rest["rel_pos"] = tuple(rest.pop(f"rel_pos_{a}") for a in range(len(problem.space)))
         options: Any = {"return_lse": True, "backend": backend, **rest}
         if name == "qkvpacked":
             return windowed_attention_qkvpacked(torch.stack([q, k, v], -3), problem.windows, **options)

@@ -22,6 +22,7 @@ QUICK = (
     "2d-shift-overhang", "3d-overhang", "one-token-window", "grid-overhang", "overlap-overhang", "pooled-2d",
     "edge-const-extra", "bias-dense", "padding-float", "mask-extra", "cosine-const", "relu2-padding-extra",
     "none", "dropout-extra", "qkvpacked-stripes", "crop-3d", "dim-1-5",
+    "rel-pos-zero-center",
 )  # fmt: skip
 TILED = Problem(
     "tiled-everything", (11, 14), Windows((10, 9), shift=(4, 5), edge="const"), batch=1, dim=5, dim_v=3,

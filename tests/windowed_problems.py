@@ -17,10 +17,11 @@ class Problem:
     space: the grid of the keys. q_space: that of the queries, None: the same. bias: "" none, "q-k", "k-q",
     "abs", "index" (an index tensor with negative rows), "dense" [h, Nq, Nk], "dense4" [1, h, Nq, Nk].
     bias_window: the window that the table was made for. low_bias: the bias is in q's dtype instead of
-    float32. cosine: with logit_scale. edge_k, edge_v: pads have a key, a value. extra: extra keys. padding:
-    "" none, "bool", "float", "window" (whole windows ignored), "sample" (one sample has no key). mask: ""
-    none, "windows" [W, Nq, Nk], "samples" [B * W, 1, Nq, Nk], "heads" [B * W, h, Nq, Nk] with -inf. layout:
-    "contiguous", "packed" (views of one qkv tensor), "transposed" (heads before the grid), "crop" (views into
+    float32. rel_pos: "" none, "shared" tables, or "heads", a table per head. cosine: with logit_scale.
+    edge_k, edge_v: pads have a key, a value. extra: extra keys. padding: "" none, "bool", "float", "window"
+    (whole windows ignored), "sample" (one sample has no key). mask: "" none, "windows" [W, Nq, Nk], "samples"
+    [B * W, 1, Nq, Nk], "heads" [B * W, h, Nq, Nk] with -inf. layout: "contiguous", "packed" (views of one qkv
+    tensor), "transposed" (heads before the grid), "crop" (views into
     a buffer of NaN), "qkvpacked" (the packed function).
     """
 
@@ -36,6 +37,7 @@ class Problem:
     bias: str = ""
     bias_window: tuple[int, ...] | None = None
     low_bias: bool = False
+    rel_pos: str = ""
     cosine: bool = False
     edge_k: bool = False
     edge_v: bool = False
@@ -210,6 +212,62 @@ OPTIONS = (
     Problem("crop-3d", (3, 4, 3), Windows(2, shift=1), layout="crop", dim=5, dim_v=3),
 )
 
+CONTEXT = (
+    Problem("rel-pos-1d", (12,), Windows(4, shift=2), rel_pos="shared"),
+    Problem("rel-pos-2d", (6, 8), Windows((3, 4), shift=(1, 2)), rel_pos="heads", bias="q-k"),
+    Problem("rel-pos-3d", (4, 6, 4), Windows((2, 3, 2)), rel_pos="shared", dim=5, dim_v=3),
+    Problem("rel-pos-mask", (7, 10), Windows(4, shift=2), rel_pos="shared", padding="bool"),
+    Problem(
+        "rel-pos-const", (7, 10), Windows(4, edge="const"), rel_pos="shared", edge_k=True, edge_v=True, dim=16
+    ),
+    Problem("rel-pos-const-whole", (8, 4), Windows(4, edge="const"), rel_pos="shared", edge_k=True),
+    Problem(
+        "rel-pos-const-shift",
+        (7, 5),
+        Windows((4, 3), shift=(2, 1), edge="const"),
+        rel_pos="heads",
+        edge_v=True,
+        padding="float",
+        dropout_p=0.3,
+        extra=2,
+        extra_bias=True,
+    ),
+    Problem("rel-pos-zero-center", (7, 5), Windows(4, edge="zero", pad_side="center"), rel_pos="shared"),
+    Problem("rel-pos-zero-grid", (7, 5), Windows(3, edge="zero", partition="grid"), rel_pos="heads"),
+    Problem(
+        "rel-pos-roll-pad",
+        (7, 10),
+        Windows(4, shift=2, pad_order="roll_pad", edge="const"),
+        rel_pos="shared",
+        edge_k=True,
+        mask="windows",
+    ),
+    Problem("rel-pos-overlap", (8, 9), Windows((4, 3), kv_size=(6, 4)), rel_pos="heads"),
+    Problem(
+        "rel-pos-overlap-zero",
+        (7, 9),
+        Windows(4, kv_size=7, edge="zero"),
+        rel_pos="shared",
+        bias="q-k",
+        padding="bool",
+        dropout_p=0.2,
+        mask="heads",
+    ),
+    Problem("rel-pos-pooled", (8, 6), Windows((4, 3), q_size=(2, 1)), q_space=(4, 2), rel_pos="shared"),
+    Problem(
+        "rel-pos-groups",
+        (7, 8),
+        _windows_of((1, 4, 2), (2, (4, 4), (1, 0)), edge="zero", pad_order="roll_pad"),
+        heads=3,
+        rel_pos="heads",
+    ),
+    Problem("rel-pos-cosine", (7, 6), Windows(4, edge="const"), cosine=True, rel_pos="heads", extra=1),
+    Problem("rel-pos-scale-0", (6, 6), Windows(3), scale=0.0, rel_pos="shared"),
+    Problem("rel-pos-relu2", (6, 6), Windows(3), activation="relu2", rel_pos="shared", scale=-0.3),
+    Problem("rel-pos-packed", (8, 6), Windows(4, shift=2), rel_pos="shared", layout="qkvpacked"),
+    Problem("rel-pos-batch-0", (4, 4), Windows(2), batch=0, rel_pos="shared"),
+)
+
 HEAD_DIMS = tuple(
     Problem(f"dim-{d}-{e}", (6, 5), Windows((3, 4), shift=(1, 2)), dim=d, dim_v=e, bias="q-k", batch=1)
     for d, e in (
@@ -218,6 +276,6 @@ HEAD_DIMS = tuple(
     )
 )
 
-PROBLEMS = (*SHAPES, *OPTIONS, *HEAD_DIMS)
+PROBLEMS = (*SHAPES, *OPTIONS, *CONTEXT, *HEAD_DIMS)
 BY_NAME = {p.name: p for p in PROBLEMS}
 assert len(BY_NAME) == len(PROBLEMS), "two problems share a name"

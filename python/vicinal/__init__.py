@@ -3,6 +3,7 @@
 from vicinal import nn, segments
 from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
+from vicinal.delta import delta_rule_attention, delta_rule_step
 from vicinal.drop_in import accelerate, restore
 from vicinal.hash import hash_attention
 from vicinal.joint import joint_attention
@@ -21,7 +22,13 @@ from vicinal.neighborhood_decode import RingKVCache, sliding_window_decode
 from vicinal.neighborhood_slots import neighborhood_aggregate, neighborhood_scores
 from vicinal.segments import SegmentGroups, Segments
 from vicinal.voxel import ContextTable, KeyBias, RelTable, Rope3D, voxel_attention
-from vicinal.windowed import RelativeBias, Windows, windowed_attention, windowed_attention_qkvpacked
+from vicinal.windowed import (
+    RelativeBias,
+    Windows,
+    transformer_xl,
+    windowed_attention,
+    windowed_attention_qkvpacked,
+)
 
 __all__ = [
     "ContextTable",
@@ -39,6 +46,8 @@ __all__ = [
     "Windows",
     "__version__",
     "accelerate",
+    "delta_rule_attention",
+    "delta_rule_step",
     "ema_scan",
     "explain",
     "favor_projection",
@@ -56,6 +65,7 @@ __all__ = [
     "retnet_decay",
     "segments",
     "sliding_window_decode",
+    "transformer_xl",
     "voxel_attention",
     "windowed_attention",
     "windowed_attention_qkvpacked",

@@ -196,7 +196,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     """Which backend `function(*args, **kwargs)` runs on and why, without running it.
 
     Args:
-        function: a public function of vicinal, e.g. `vicinal.windowed_attention`.
+        function: a public function of vicinal, e.g. `vicinal.windowed_attention`, or a
+            `vicinal.nn.MultiheadAttention`.
         *args, **kwargs: the arguments of the call; they are checked as the call would check them.
 
     Returns:
@@ -211,6 +212,11 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         >>> vicinal.explain(vicinal.windowed_attention, q, k, v, 7, backend="reference").backend
         'reference'
     """
+    own = getattr(function, "explain", None)
+    if own is not None:
+        explanation = own(*args, **kwargs)
+        assert isinstance(explanation, Explanation)
+        return explanation
     if function not in _explainers:
         known = ", ".join(sorted(f.__name__ for f in _explainers))
         raise ValueError(f"function is {getattr(function, '__name__', function)!r}; explain knows {known}")

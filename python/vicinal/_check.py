@@ -118,3 +118,20 @@ def extras(
         shape(name, x, (batch, count, heads, width), "[B, M, heads, head_dim]")
     if extra_k.shape[1] != extra_v.shape[1]:
         raise ValueError(f"extra_k has {extra_k.shape[1]} keys, extra_v has {extra_v.shape[1]}")
+
+
+def axis_tables(rel_pos: Any, q: Tensor, rows: list[int]) -> None:
+    """rel_pos is a tuple of one table [rows, dk] or [heads, rows, dk] per axis of the grid."""
+    if not isinstance(rel_pos, tuple):
+        raise TypeError(f"rel_pos is a {type(rel_pos).__name__}; it must be a tuple of one table per axis")
+    if len(rel_pos) != len(rows):
+        raise ValueError(f"rel_pos has {len(rel_pos)} tables; the grid has {len(rows)} axes")
+    heads, dim = q.shape[-2:]
+    for a, (table, n) in enumerate(zip(rel_pos, rows, strict=True)):
+        floating(f"rel_pos[{a}]", table)
+        on_device_of_q(f"rel_pos[{a}]", table, q)
+        if tuple(table.shape) not in ((n, dim), (heads, n, dim)):
+            raise ValueError(
+                f"rel_pos[{a}] has shape {list(table.shape)}; it must be [{n}, {dim}] or "
+                f"[{heads}, {n}, {dim}]"
+            )

@@ -33,7 +33,7 @@ class Family:
     options: tuple[str, ...]
     outputs: tuple[str, ...]
     gradients: tuple[str, ...]
-    fake_fwd: Callable[..., tuple[Tensor, ...]]
+    fake_fwd: Callable[..., Tensor | tuple[Tensor, ...]]
     fake_bwd: Callable[..., tuple[Tensor, ...]]
     reads: tuple[str, ...] | None = None
 
@@ -48,10 +48,8 @@ class Family:
         tensors, options = arguments(self.tensors), ", ".join(self.options)
         grads = arguments([f"d{name}?" for name in self.outputs])
         forward = f"({tensors}, {options}) -> ({', '.join(['Tensor'] * len(self.outputs))})"
-        backward = (
-            f"({grads}, {arguments(self.saved)}, {tensors}, {options}, bool packed)"
-            f" -> ({', '.join(['Tensor'] * len(self.gradients))})"
-        )
+        given = ", ".join(part for part in (grads, arguments(self.saved), tensors, options) if part)
+        backward = f"({given}, bool packed) -> ({', '.join(['Tensor'] * len(self.gradients))})"
         return forward, backward
 
 
@@ -63,14 +61,15 @@ def empty_gradient(like: Tensor) -> Tensor:
 def define(
     family: Family,
     backend: str,
-    forward: Callable[..., tuple[Tensor, ...]],
+    forward: Callable[..., Tensor | tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor, ...]],
 ) -> None:
     """Register one backend's overloads. forward(*tensors, *options); backward(*grads, *saved outputs,
-    *tensors, *options, packed)."""
+    *tensors, *options, packed). The forward of a family with one output returns it alone, as does
+    `fake_fwd`."""
     n_tensors, n_outputs, n_saved = len(family.tensors), len(family.outputs), len(family.saved)
 
-    def fake_forward(*args: Any) -> tuple[Tensor, ...]:
+    def fake_forward(*args: Any) -> Tensor | tuple[Tensor, ...]:
         return family.fake_fwd(args[:n_tensors], args[n_tensors:])
 
     def fake_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -127,9 +126,9 @@ def autograd_function(
     def run(
         backend: str, packed: bool, options: tuple[Any, ...], tensors: Sequence[Any]
     ) -> tuple[Tensor, ...]:
-        if packed:
-            return getattr(fwd, backend)(*tensors[0].unbind(-3), *tensors[3:], *options)
-        return getattr(fwd, backend)(*tensors, *options)
+        split = (*tensors[0].unbind(-3), *tensors[3:]) if packed else tensors
+        outputs = getattr(fwd, backend)(*split, *options)
+        return (outputs,) if len(family.outputs) == 1 else outputs
 
     def save(ctx: Any, settings: tuple[Any, ...], tensors: Sequence[Any], outputs: Sequence[Tensor]) -> None:
         ctx.save_for_backward(*(outputs[i] for i in places), *tensors)

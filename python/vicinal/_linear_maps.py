@@ -47,9 +47,9 @@ class FeatureMap:
         norm_scope: focused takes both norms over the head dim ("head") or over all heads ("all").
         projection: of favor, [m, dk]; `favor_projection` makes one.
 
-    favor's maximum is over the features of a query, and over all keys of a batch and head that are not
-    ignored; with is_causal, cu_seqlens or an initial state keys have none, which would see other tokens, and
-    the exponent is at most 32.
+    favor's maximum is over the features of a query, and over all keys of a batch (or packed sequence) and
+    head that are not ignored; with is_causal or a state keys have none, which would see other tokens, and the
+    exponent is at most 32.
     """
 
     name: str
@@ -65,12 +65,19 @@ class FeatureMap:
         check_feature_map(self)
 
     def __call__(
-        self, x: Tensor, *, keys: bool = False, ignored: Tensor | None = None, streaming: bool = False
+        self,
+        x: Tensor,
+        *,
+        keys: bool = False,
+        ignored: Tensor | None = None,
+        streaming: bool = False,
+        ends: Tensor | None = None,
     ) -> Tensor:
         """Features of x [B, N, H, dk] in plain PyTorch: [B, N, H, K], float32 (float64 for float64).
 
         keys: x are keys, not queries; ignored: bool [B, N], keys to leave out of sums and maxima; streaming:
-        features of a key may not depend on other keys.
+        features of a key may not depend on other keys; ends: [S + 1], those of packed sequences, which may
+        not depend on each other.
         """
         x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         if self.name == "softmax":
@@ -79,7 +86,7 @@ class FeatureMap:
             return focused(x, self)
         if self.name == "favor":
             assert self.projection is not None
-            return favor(x, self.projection.to(x.dtype), keys, ignored, streaming)
+            return favor(x, self.projection.to(x.dtype), keys, ignored, streaming, ends)
         return elementwise(self.name, x, self.param)
 
 
@@ -103,7 +110,14 @@ def focused(x: Tensor, feature_map: FeatureMap) -> Tensor:
     return y * (norms[0] / norms[1])
 
 
-def favor(x: Tensor, projection: Tensor, keys: bool, ignored: Tensor | None, streaming: bool) -> Tensor:
+def favor(
+    x: Tensor,
+    projection: Tensor,
+    keys: bool,
+    ignored: Tensor | None,
+    streaming: bool,
+    ends: Tensor | None,
+) -> Tensor:
     x = x * x.shape[-1] ** -0.25
     t = x @ projection.t()
     logits = t - x.square().sum(-1, keepdim=True) / 2
@@ -115,11 +129,21 @@ def favor(x: Tensor, projection: Tensor, keys: bool, ignored: Tensor | None, str
         seen = t.detach()
         if ignored is not None:
             seen = seen.masked_fill(ignored[..., None, None], -torch.inf)
-        most = seen.amax((1, 3), keepdim=True)
+        most = seen.amax((1, 3), keepdim=True) if ends is None else _highest_of_sequence(seen, ends)
         logits = logits - most.masked_fill(most == -torch.inf, 0)
         if ignored is not None:
             logits = logits.masked_fill(ignored[..., None, None], 0)
     return projection.shape[0] ** -0.5 * (logits.exp() + 1e-4)
+
+
+def _highest_of_sequence(x: Tensor, ends: Tensor) -> Tensor:
+    """The maximum over the last axis and the tokens of each packed sequence: [1, N, H, m] -> [1, N, H, 1]."""
+    high = x[0].amax(-1)  # [N, H]
+    places = torch.arange(len(high), device=x.device, dtype=ends.dtype)
+    sequence = torch.searchsorted(ends[1:], places, right=True)  # S for tokens after the last
+    most = high.new_full((len(ends), high.shape[1]), -torch.inf)
+    most = most.scatter_reduce(0, sequence[:, None].expand_as(high), high, "amax")
+    return most[sequence][None, ..., None]
 
 
 def favor_projection(

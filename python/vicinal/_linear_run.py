@@ -66,8 +66,7 @@ class Call:
     @property
     def streaming(self) -> bool:
         """Features of a key may not depend on other keys."""
-        given = (self.cu_seqlens, self.initial_state)
-        return self.is_causal or self.output_final_state or any(x is not None for x in given)
+        return self.is_causal or self.output_final_state or self.initial_state is not None
 
 
 _NAMED = {name: FeatureMap(name) for name in (*ELEMENTWISE, "softmax", "focused")}
@@ -177,7 +176,8 @@ def _mapped(call: Call, dtype: torch.dtype) -> tuple[Tensor, Tensor, FeatureMap,
     if map_q.name not in ELEMENTWISE:
         q, map_q = map_q(q).to(dtype), IDENTITY
     if map_k.name not in ELEMENTWISE:
-        features = map_k(k, keys=True, ignored=call.key_padding_mask, streaming=call.streaming)
+        ignored, ends = call.key_padding_mask, call.cu_seqlens
+        features = map_k(k, keys=True, ignored=ignored, streaming=call.streaming, ends=ends)
         k, map_k = features.to(dtype), IDENTITY
     return q, k, map_q, map_k
 

@@ -94,6 +94,9 @@ def check_call(call: Call) -> None:
     check_padding(call.key_padding_mask, call.k)
     if call.bias is not None:
         check_bias(call.bias, call.q, call.axes)
+    if call.rel_pos is not None:
+        check_limited("rel_pos", call.axes)
+        checks.axis_tables(call.rel_pos, call.q, [2 * a.kernel - 1 for a in call.axes])
 
 
 def _like_q(name: str, x: Tensor, q: Tensor) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _attend_run as shared
@@ -15,6 +16,7 @@ from . import _choice
 from . import _neighborhood_check as check
 from . import reference_neighborhood as reference
 from ._attend import accumulator, flat
+from ._axis_terms import added_channels, axis_channels, neighborhood_term
 from ._neighborhood_op import LARGE_GRID, NEIGHBORHOOD, PLACE_BITS, place_bits
 from ._neighborhood_plan import AxisNeighborhood
 from ._neighborhood_types import Geometry, Neighborhood, resolve
@@ -35,6 +37,7 @@ class Call:
     extra_v: Tensor | None
     key_padding_mask: Tensor | None
     dropout_p: float
+    rel_pos: tuple[Tensor, ...] | None = None
 
     @property
     def factor(self) -> float:
@@ -99,6 +102,7 @@ def prepare(
     extra_v: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    rel_pos: tuple[Tensor, ...] | None = None,
 ) -> Call:
     """Cast under autocast, check, and name the arguments."""
     checks.tokens(q=q, k=k, v=v)
@@ -113,7 +117,7 @@ def prepare(
     geometry, _ = geometry_of(neighborhood, q.dim() - 3, False)
     same_rank = k.dim() == q.dim()  # if not, the check says so
     axes = geometry.on(tuple(q.shape[1:-2]), tuple(k.shape[1:-2])) if same_rank else ()
-    options = (bias, scale, extra_k, extra_v, key_padding_mask, dropout_p)
+    options = (bias, scale, extra_k, extra_v, key_padding_mask, dropout_p, rel_pos)
     call = Call(q, k, v, neighborhood, axes, *options)
     check.check_call(call)
     if call.extra_k is not None and call.extra_k.shape[1] == 0:
@@ -125,7 +129,10 @@ def problem_key(call: Call) -> _choice.Key:
     features = ["dropout"] if call.dropout_p > 0 else []
     if place_bits(call.axes) > PLACE_BITS:
         features.append(LARGE_GRID)
-    return _choice.problem_key("neighborhood", call.q, call.v, features)
+    more = 0
+    if call.rel_pos is not None:
+        more = added_channels(call.q.shape[-1], [a.kernel for a in call.axes])
+    return _choice.problem_key("neighborhood", call.q, call.v, features, more)
 
 
 def run(
@@ -147,7 +154,7 @@ def run(
     call = prepare(q, k, v, neighborhood, *options)
     chosen = _choice.choose(problem_key(call), backend)
     if call.dropout_p == 1:  # 1 / (1 - dropout_p) has no value, the output of no weights has
-        out, lse = run(q, k, v, qkv, geometry, (*options[:-1], 0.0), backend)
+        out, lse = run(q, k, v, qkv, geometry, (*options[:5], 0.0, *options[6:]), backend)
         return out.masked_fill(torch.ones((), dtype=torch.bool, device=out.device), 0.0), lse
     seed = shared.draw_seed(call.dropout_p, call.q.device)
     if chosen == "reference":
@@ -165,13 +172,17 @@ def _signature(
     q: Any, k: Any, v: Any, neighborhood: Neighborhood, options: tuple[Any, ...], backend: Any
 ) -> Any:
     """What decides the checks and the choice of a call with no tensors but q, k, v and a bias; else None."""
-    bias, scale, extra_k, extra_v, mask, dropout_p = options
-    if not (extra_k is extra_v is mask is None and type(dropout_p) in (float, int) and dropout_p == 0):
+    bias, scale, extra_k, extra_v, mask, dropout_p, rel_pos = options
+    if not (
+        extra_k is extra_v is mask is rel_pos is None and type(dropout_p) in (float, int) and dropout_p == 0
+    ):
         return None
     return _settled.key(q, k, v, bias, neighborhood, scale, backend)
 
 
 def _run_op(call: Call, backend: str, qkv: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    if call.rel_pos is not None:
+        call, qkv = without_rel_pos(call), None
     acc, rank = accumulator(call.q.dtype), call.q.dim() - 3
     _, text = geometry_of(call.neighborhood, rank, call.bias is not None)
     table = None
@@ -186,6 +197,24 @@ def _run_op(call: Call, backend: str, qkv: Tensor | None, seed: Tensor | None) -
     options = (text, call.factor, 0.0, 0, "softmax", call.dropout_p)
     out, lse = NEIGHBORHOOD.apply(backend, first[1] is None, options, *tensors)
     return out, lse
+
+
+def without_rel_pos(call: Call) -> Call:
+    """The same attention with longer rows."""
+    scale, q = call.factor, call.q
+    if scale == 0:  # nothing of q.k is left, and no factor would bring the channels through
+        q, scale = q * 0, 1.0
+    terms = [neighborhood_term(axis, q.device) for axis in call.axes]
+    more_q, more_k = axis_channels(call.q, call.k, call.rel_pos or (), terms, scale)
+    wide = more_q.shape[-1]
+    return replace(
+        call,
+        q=torch.cat([q, more_q], -1),
+        k=torch.cat([call.k, more_k], -1),
+        extra_k=None if call.extra_k is None else F.pad(call.extra_k, (0, wide)),
+        scale=scale,
+        rel_pos=None,
+    )
 
 
 def run_reference(
@@ -208,6 +237,7 @@ def run_reference(
         dropout_p=call.dropout_p,
         seed=seed,
         compute_dtype=compute_dtype,
+        rel_pos=call.rel_pos,
     )
     rows = call.q.shape[:-1]
     return out.view(*rows, call.v.shape[-1]), lse.to(accumulator(call.q.dtype)).view(rows)

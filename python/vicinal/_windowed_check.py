@@ -44,7 +44,7 @@ def check_windows(windows: Windows) -> None:
     _check_groups(windows)
     for name in ("q_size", "kv_size"):
         if getattr(windows, name) is not None:
-            _sizes(name, getattr(windows, name), 1, False)
+            _sizes(name, getattr(windows, name), 1, name == "q_size")
     shifted = _shifted(windows)
     if shifted and windows.partition != "block":
         raise ValueError(f"shift is {windows.shift!r}; partition {windows.partition!r} takes only 0")
@@ -125,6 +125,8 @@ def check_call(call: Call, relative: type) -> None:
     _check_masks(call, axes)
     if call.bias is not None:
         _check_bias(call, axes, relative)
+    if call.rel_pos is not None:
+        _check_rel_pos(call, axes)
 
 
 def _check_qkv(call: Call) -> None:
@@ -265,9 +267,7 @@ def _counts(axes: tuple[AxisWindows, ...]) -> tuple[int, int, int]:
 
 def _check_bias(call: Call, groups: list[tuple[AxisWindows, ...]], relative: type) -> None:
     bias, heads, axes = call.bias, call.q.shape[-2], groups[0]
-    shapes = {tuple((a.q_window, a.kv or a.window) for a in g) for g in groups}
-    if len(shapes) > 1:
-        raise ValueError("bias needs one window for all heads; head_groups has several")
+    _check_one_window("bias", groups)
     _, n, m = _counts(axes)
     if not isinstance(bias, relative):
         checks.floating("bias", bias)
@@ -289,6 +289,16 @@ def _check_bias(call: Call, groups: list[tuple[AxisWindows, ...]], relative: typ
                 raise ValueError(f"index has rows {low} to {high}; the table has {len(table)}")
         return
     _check_table_size(bias, axes)
+
+
+def _check_one_window(name: str, groups: list[tuple[AxisWindows, ...]]) -> None:
+    if len({tuple((a.q_window, a.kv or a.window) for a in g) for g in groups}) > 1:
+        raise ValueError(f"{name} needs one window for all heads; head_groups has several")
+
+
+def _check_rel_pos(call: Call, groups: list[tuple[AxisWindows, ...]]) -> None:
+    _check_one_window("rel_pos", groups)
+    checks.axis_tables(call.rel_pos, call.q, [a.q_window + (a.kv or a.window) - 1 for a in groups[0]])
 
 
 def _check_table_size(bias: Any, axes: tuple[AxisWindows, ...]) -> None:

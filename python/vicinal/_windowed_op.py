@@ -55,6 +55,7 @@ class Geometry:
             window = length if group.window[a] == -1 else group.window[a]
             kv = self.kv[a] if self.kv else 0
             q_window = self.q[a] if self.q else window
+            q_window = q_length if q_window == -1 else q_window
             result.append(AxisWindows(length, window, group.shift[a], kv, q_length, q_window))
         return tuple(result)
 

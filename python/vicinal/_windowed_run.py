@@ -15,10 +15,9 @@ from . import _check as checks
 from . import _choice, reference
 from . import _windowed_check as check
 from ._attend import accumulator, flat
+from ._windowed_context import LOG_100, HeadGroup, channels, norm, of_heads, without_rel_pos
 from ._windowed_op import WINDOWED, Geometry, Group
 from ._windowed_types import RelativeBias, Size, Windows, per_axis
-
-LOG_100 = 4.605170185988092
 
 
 def geometry_of(windows: Windows, rank: int) -> Geometry:
@@ -76,6 +75,7 @@ class Call:
     attn_mask: Tensor | None
     activation: str
     dropout_p: float
+    rel_pos: tuple[Tensor, ...] | None = None
 
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, windows: Windows | Size, *options: Any, **named: Any) -> Call:
@@ -95,20 +95,30 @@ def problem_key(call: Call) -> _choice.Key:
     features = [] if call.activation == "softmax" else [call.activation]
     if call.dropout_p > 0:
         features.append("dropout")
-    return _choice.problem_key("windowed", call.q, call.v, features)
+    more = 0 if call.rel_pos is None else channels(call.q.shape[-1], head_groups(call)[0][2])
+    return _choice.problem_key("windowed", call.q, call.v, features, more)
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, qkv: Tensor | None, windows: Any, options: tuple[Any, ...], backend: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qkv: Tensor | None,
+    windows: Any,
+    options: tuple[Any, ...],
+    backend: Any,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse. qkv: the packed tensor whose views q, k and v are, or None. options: as Call has them."""
+    """out and lse. qkv: the packed tensor whose views q, k and v are, or None. options: as Call has them.
+    seed: of the dropout; drawn unless given."""
     key = _signature(q, k, v, windows, options, backend)
     known = _settled.get(key)
     if known is not None:
         return _settled.run(known, q, k, v, qkv, options[0])
     call = prepare(q, k, v, windows, *options)
     chosen = _choice.choose(problem_key(call), backend)
-    seed = shared.draw_seed(call.dropout_p, call.q.device)
+    if seed is None:
+        seed = shared.draw_seed(call.dropout_p, call.q.device)
     if chosen == "reference":
         return run_reference(call, seed)
     if key is not None:
@@ -127,8 +137,8 @@ _settled = shared.CallMemory(WINDOWED.apply, _settled_table)
 
 def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], backend: Any) -> Any:
     """What decides the checks and the choice of a call with no tensors but q, k, v and a bias; else None."""
-    bias, scale, a, b, c, d, e, f, g, h, activation, dropout_p = options
-    if not (a is b is c is d is e is f is g is h is None and activation == "softmax" and dropout_p == 0):
+    bias, scale, a, b, c, d, e, f, g, h, activation, dropout_p, i = options
+    if not (a is b is c is d is e is f is g is h is i is None and activation == "softmax" and dropout_p == 0):
         return None
     if type(dropout_p) not in (float, int) or type(windows) not in (Windows, int):
         return None
@@ -138,6 +148,8 @@ def _signature(q: Any, k: Any, v: Any, windows: Any, options: tuple[Any, ...], b
 
 
 def _run_op(call: Call, backend: str, qkv: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    if call.rel_pos is not None:
+        call, qkv = without_rel_pos(call, head_groups(call)), None
     acc = accumulator(call.q.dtype)
     kind, table = _table(call, acc)
     _, text = _geometry(call.windows, call.q.dim() - 3, kind)
@@ -186,10 +198,20 @@ def _relative_table(call: Call, bias: RelativeBias) -> tuple[str, Tensor]:
     return "q-k", bias.table[index].t()
 
 
+def head_groups(call: Call) -> list[HeadGroup]:
+    """The head groups of a call on its grid."""
+    geometry, first, found = geometry_of(call.windows, call.q.dim() - 3), 0, []
+    for group in geometry.groups:
+        last = first + (group.heads or call.q.shape[-2])
+        axes = geometry.axes(group, tuple(call.q.shape[1:-2]), tuple(call.k.shape[1:-2]))
+        found.append((first, last, axes))
+        first = last
+    return found
+
+
 def bias_windows(call: Call) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The query window and the key window that a bias table is made for (those of the first head group)."""
-    geometry = geometry_of(call.windows, call.q.dim() - 3)
-    axes = geometry.axes(geometry.groups[0], tuple(call.q.shape[1:-2]), tuple(call.k.shape[1:-2]))
+    axes = head_groups(call)[0][2]
     return tuple(a.q_window for a in axes), tuple(a.kv or a.window for a in axes)
 
 
@@ -199,11 +221,7 @@ def _scales(call: Call) -> tuple[float, Tensor | None, Tensor | None]:
         return (call.q.shape[-1] ** -0.5 if call.scale is None else float(call.scale)), None, None
     acc = accumulator(call.q.dtype)
     tau = call.logit_scale.to(acc).flatten().clamp(max=LOG_100).exp()
-    return 1.0, tau / _norm(call.q, acc), 1.0 / _norm(call.k, acc)
-
-
-def _norm(x: Tensor, acc: torch.dtype) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=acc).clamp_min(1e-12)
+    return 1.0, tau / norm(call.q, acc), 1.0 / norm(call.k, acc)
 
 
 def _extras(call: Call) -> tuple[int, Tensor | None, Tensor | None]:
@@ -217,7 +235,7 @@ def _extras(call: Call) -> tuple[int, Tensor | None, Tensor | None]:
         extra_v = _with_edge(call.edge_v, extra_v, call.v)
     if extra_k is not None and call.logit_scale is not None:
         acc = accumulator(call.q.dtype)
-        extra_k = (extra_k.to(acc) / _norm(extra_k, acc)[..., None]).to(call.q.dtype)
+        extra_k = (extra_k.to(acc) / norm(extra_k, acc)[..., None]).to(call.q.dtype)
     return edge_row, extra_k, extra_v
 
 
@@ -235,11 +253,9 @@ def run_reference(
         with torch.autocast(call.q.device.type, enabled=False):
             return run_reference(call, seed, compute_dtype)
     q, k, v, windows = flat(call.q), flat(call.k), flat(call.v), call.windows
-    geometry = geometry_of(windows, call.q.dim() - 3)
     bias = call.bias.dense(*bias_windows(call)) if isinstance(call.bias, RelativeBias) else call.bias
-    outs, lses, first = [], [], 0
-    for group in geometry.groups:
-        last = first + (group.heads or q.shape[2])
+    outs, lses = [], []
+    for first, last, axes in head_groups(call):
 
         def part(x: Tensor | None, dim: int, span: slice = slice(first, last)) -> Tensor | None:
             return None if x is None else x.narrow(dim, span.start, span.stop - span.start)
@@ -249,7 +265,7 @@ def run_reference(
             q[:, :, first:last],
             k[:, :, first:last],
             v[:, :, first:last],
-            geometry.axes(group, tuple(call.q.shape[1:-2]), tuple(call.k.shape[1:-2])),
+            axes,
             partition=windows.partition,
             pad_order=windows.pad_order,
             pad_side=windows.pad_side,
@@ -271,10 +287,10 @@ def run_reference(
             head_offset=first,
             head_total=q.shape[2],
             compute_dtype=compute_dtype,
+            rel_pos=None if call.rel_pos is None else tuple(of_heads(t, first, last) for t in call.rel_pos),
         )
         outs.append(out)
         lses.append(lse.to(accumulator(q.dtype)))
-        first = last
     out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
     lse = lses[0] if len(lses) == 1 else torch.cat(lses, 2)
     return out.view(*call.q.shape[:-1], v.shape[-1]), lse.view(call.q.shape[:-1])

@@ -34,7 +34,8 @@ class Windows(HashedOnce):
         pad_order: "pad_roll", grids are padded, then rolled; "roll_pad", the reverse (timm). Default
             "pad_roll".
         pad_side: "end" or "center". Default "end".
-        q_size: window of a pooled query grid, whose number of windows matches. Default None: as size.
+        q_size: window of a pooled query grid, whose number of windows matches; -1 is the whole axis. Default
+            None: as size.
         kv_size: larger key windows centred on the query windows (overlapping attention). Default None: as
             size.
         head_groups: ((heads, size[, shift]), ...) in the order of the heads, replaces size and shift. Default

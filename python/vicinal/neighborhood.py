@@ -32,6 +32,7 @@ def neighborhood_attention(
     is_causal: bool | tuple[bool, ...] = False,
     border: str = "shift",
     bias: Tensor | None = None,
+    rel_pos: tuple[Tensor, ...] | None = None,
     scale: float | None = None,
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
@@ -45,6 +46,7 @@ def neighborhood_attention(
     For the query i, the keys j of its window, and the extra keys::
 
         s[i, j] = scale * q[i].k[j] + bias[h, places from i to j + K - 1]
+                  + sum_a q[i].rel_pos[a][places from i to j on axis a + K_a - 1]
         p = softmax(s)
         out[i] = sum_j dropout(p)[i, j] v[j]        lse[i] = log sum_j exp s[i, j]
 
@@ -58,6 +60,9 @@ def neighborhood_attention(
         dilation, stride, is_causal, border: see `Neighborhood`.
         bias: [h, 2 K - 1 per axis] table of relative positions, K the kernel size (left + right + 1). Added
             to the scaled logits; trainable, any float dtype.
+        rel_pos: contextual relative position, a table [2 K - 1, D] (or [h, 2 K - 1, D]) per axis, indexed as
+            the bias is and multiplied by q as it is, without scale. Trainable, any float dtype. Makes heads
+            longer by K channels per axis (docs/neighborhood.md).
         scale: factor of q.k. Default D ** -0.5.
         extra_k: [B, E, hkv, D], keys that every query sees besides its window, in the same softmax, without
             bias, never masked.
@@ -87,7 +92,7 @@ def neighborhood_attention(
     """
     checks.flag("return_lse", return_lse)
     geometry = (kernel_size, dilation, stride, is_causal, border)
-    options = (bias, scale, extra_k, extra_v, key_padding_mask, dropout_p)
+    options = (bias, scale, extra_k, extra_v, key_padding_mask, dropout_p, rel_pos)
     out, lse = run(q, k, v, None, geometry, options, backend)
     return (out, lse) if return_lse else out
 
@@ -101,6 +106,7 @@ def neighborhood_attention_qkvpacked(
     is_causal: bool | tuple[bool, ...] = False,
     border: str = "shift",
     bias: Tensor | None = None,
+    rel_pos: tuple[Tensor, ...] | None = None,
     scale: float | None = None,
     extra_k: Tensor | None = None,
     extra_v: Tensor | None = None,
@@ -129,7 +135,7 @@ def neighborhood_attention_qkvpacked(
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     q, k, v = qkv.unbind(-3)
     geometry = (kernel_size, dilation, stride, is_causal, border)
-    options = (bias, scale, extra_k, extra_v, key_padding_mask, dropout_p)
+    options = (bias, scale, extra_k, extra_v, key_padding_mask, dropout_p, rel_pos)
     out, lse = run(q, k, v, qkv, geometry, options, backend)
     return (out, lse) if return_lse else out
 

@@ -10,6 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vicinal._multihead import MultiheadAttention
+from vicinal._multihead_local import (
+    LinearMultiheadAttention,
+    NeighborhoodMultiheadAttention,
+    WindowedMultiheadAttention,
+)
 from vicinal._neighborhood_nn import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
@@ -21,14 +27,21 @@ from vicinal.windowed import RelativeBias, Windows, windowed_attention_qkvpacked
 
 __all__ = [
     "AgentAttention",
+    "LinearMultiheadAttention",
     "LinformerAttention",
+    "MultiheadAttention",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "NeighborhoodMultiheadAttention",
     "SegmentMultiheadAttention",
     "WindowedAttention",
+    "WindowedMultiheadAttention",
     "packed_windowed_attention",
 ]
+
+
+REL_POS_NAMES = {1: ("rel_pos",), 2: ("rel_pos_h", "rel_pos_w"), 3: ("rel_pos_x", "rel_pos_y", "rel_pos_z")}
 
 
 def packed_windowed_attention(
@@ -74,7 +87,10 @@ class WindowedAttention(nn.Module):
         for all axes; 0 <= shift < window. qkv_bias: give queries, keys and values a bias (with `cosine`,
         queries and values). qk_scale: factor of the scores, default (C / h) ** -0.5; None with `cosine`.
         cosine: cosine attention and continuous position bias. relative_bias: learn a position bias.
-        pretrained_window_size: with `cosine`, the window that normalises the offsets, default `window_size`.
+        contextual: learn a table [2 w - 1, C / h] per axis, whose rows are multiplied by the queries (SAM,
+        ViTDet, DiT-3D): `rel_pos_h` and `rel_pos_w`; `rel_pos_x`, `rel_pos_y` and `rel_pos_z` in 3-D,
+        `rel_pos` in 1-D. pretrained_window_size: with `cosine`, the window that normalises the offsets,
+        default `window_size`.
         mask_value: added between tokens that only the shift made neighbours. edge: what a window that
         overhangs the grid sees there; "const" is zero padding before the projection. pad_order, pad_side: of
         overhanging windows, see `Windows`. attn_drop: dropout of attention weights. proj_drop: dropout of the
@@ -105,6 +121,7 @@ class WindowedAttention(nn.Module):
         qk_scale: float | None = None,
         cosine: bool = False,
         relative_bias: bool = True,
+        contextual: bool = False,
         pretrained_window_size: Sequence[int] | None = None,
         mask_value: float = -100.0,
         edge: str = "const",
@@ -139,6 +156,9 @@ class WindowedAttention(nn.Module):
                 torch.empty(math.prod(2 * w - 1 for w in window), num_heads)
             )
             nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.rel_pos_names = REL_POS_NAMES[len(window)] if contextual else ()
+        for name, w in zip(self.rel_pos_names, window):
+            self.register_parameter(name, nn.Parameter(torch.zeros(2 * w - 1, dim // num_heads)))
         if relative_bias:
             index = relative_position_index(window)
             self.register_buffer("relative_position_index", index, persistent=persistent_buffers)
@@ -205,6 +225,7 @@ class WindowedAttention(nn.Module):
             self.windows,
             self.num_heads,
             bias=None if table is None else RelativeBias(table),
+            rel_pos=tuple(getattr(self, name) for name in self.rel_pos_names) or None,
             scale=self.scale,
             logit_scale=self.logit_scale if self.cosine else None,
             key_padding_mask=key_padding_mask,

@@ -210,6 +210,20 @@ def window_plan(
     )
 
 
+def visible_pairs(
+    axes: Sequence[AxisWindows], partition: str, pad_order: str, pad_side: str, pads: bool
+) -> int:
+    """Pairs of a query token and a key of its window; pads: they are keys too. Per axis, because boxes are
+    products."""
+    counts = []
+    for axis in axes:
+        lists = _axis_lists(axis, partition, pad_order, pad_side)
+        real = [[sum(g != PAD for g, _ in slots) for slots in side] for side in lists]
+        keys = [len(slots) for slots in lists[1]] if pads else real[1]
+        counts.append(sum(n * m for n, m in zip(real[0], keys, strict=True)))
+    return prod(counts)
+
+
 def _union(flags: Tensor) -> int:
     bits = (ROW_REGIONS, ROW_KEY_PADS, ROW_QUERY_PADS, ROW_RANGES)
     return sum(bit for bit in bits if bool((flags & bit).any()))

@@ -153,6 +153,7 @@ def windowed(
     head_offset: int = 0,
     head_total: int | None = None,
     compute_dtype: torch.dtype | None = None,
+    rel_pos: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [B, Nq, h, dk], k [B, N, h, dk], v [B, N, h, dv] -> out [B, Nq, h, dv] in q's dtype, lse [B, Nq, h].
 
@@ -184,6 +185,9 @@ def windowed(
 
     s = _scores(qw, kw, scale, logit_scale)
     s = s + _additive(s, k_slots, bias, extra_bias, attn_mask)
+    if rel_pos is not None:
+        q_window, k_window = [a.q_window for a in axes], [a.kv or a.window for a in axes]
+        s = s + F.pad(_contextual(qw, rel_pos, q_window, k_window), (0, s.shape[-1] - k_slots))
     s = s.masked_fill(_excluded(q_ids, k_ids, kw.shape[2], edge).to(s.device)[:, None], -torch.inf)
     if key_bias is not None:
         with_pad = F.pad(key_bias.to(s.dtype), (0, 1))  # pads have no key bias
@@ -210,6 +214,21 @@ def _scores(qw: Tensor, kw: Tensor, scale: float | None, logit_scale: Tensor | N
         return torch.einsum("bwnhd,bwmhd->bwhnm", qw, kw) * (qw.shape[-1] ** -0.5 if scale is None else scale)
     tau = logit_scale.to(qw.dtype).flatten().clamp(max=4.605170185988092).exp()
     return torch.einsum("bwnhd,bwmhd->bwhnm", _unit(qw), _unit(kw)) * tau[:, None, None]
+
+
+def _contextual(
+    qw: Tensor, tables: Sequence[Tensor], q_window: Sequence[int], k_window: Sequence[int]
+) -> Tensor:
+    """[B, W, h, Nq, slots]: q.R_a[row of q - row of k + slots - 1] of every axis, with q as it is."""
+    q = torch.cartesian_prod(*[torch.arange(w) for w in q_window]).view(-1, len(q_window))
+    k = torch.cartesian_prod(*[torch.arange(w) for w in k_window]).view(-1, len(k_window))
+    total = qw.new_zeros(())
+    for a, table in enumerate(tables):
+        rows = (q[:, None, a] - k[None, :, a] + k_window[a] - 1).to(table.device)
+        form = "nmd" if table.dim() == 2 else "hnmd"
+        picked = table.to(qw.dtype)[..., rows, :]
+        total = total + torch.einsum(f"bwnhd,{form}->bwhnm", qw, picked)
+    return total
 
 
 def _additive(

@@ -100,6 +100,21 @@ def scores(
     return s.masked_fill(holes[:, None], -torch.inf)
 
 
+def _contextual(q: Tensor, axes: Sequence[AxisNeighborhood], tables: Sequence[Tensor]) -> Tensor:
+    """[B, Nq, Hq, S]: q.R_a[place of the key - place of the query + K - 1] of every axis and slot."""
+    total = q.new_zeros(())
+    flat_rows = torch.cartesian_prod(*[torch.arange(a.q_length) for a in axes]).view(-1, len(axes))
+    for a, (axis, table) in enumerate(zip(axes, tables, strict=True)):
+        _, offset = axis_slots(axis)
+        rows = (offset + axis.kernel - 1).clamp(0, 2 * axis.kernel - 2)[flat_rows[:, a]]  # [Nq, K]
+        form = "nsd" if table.dim() == 2 else "hnsd"
+        made = torch.einsum(f"bnhd,{form}->bnhs", q, table.to(q.dtype)[..., rows.to(q.device), :])
+        before, behind = (prod([x.kernel for x in part]) for part in (axes[:a], axes[a + 1 :]))
+        shape = (*made.shape[:-1], before, axis.kernel, behind)
+        total = total + made[..., None, :, None].expand(shape).flatten(-3)
+    return total
+
+
 def aggregate(
     weights: Tensor, v: Tensor, axes: Sequence[AxisNeighborhood], extra_v: Tensor | None = None
 ) -> Tensor:
@@ -128,6 +143,7 @@ def neighborhood(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
+    rel_pos: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [B, Nq, Hq, D], k [B, Nk, Hkv, D], v [B, Nk, Hkv, Dv], bias [Hq, T], extra_k [B, E, Hkv, D], extra_v
     [B, E, Hkv, Dv], ignored bool [B, Nk] -> out [B, Nq, Hq, Dv] in q's dtype, lse [B, Nq, Hq].
@@ -144,6 +160,8 @@ def neighborhood(
         v = v.masked_fill(ignored[..., None, None], 0.0)
     s = scores(q.to(dtype), k.to(dtype), axes, scale, wide(bias), wide(extra_k))
     keys = grid_slots(axes).to(q.device)
+    if rel_pos is not None:
+        s = s + F.pad(_contextual(q.to(dtype), axes, rel_pos), (0, s.shape[-1] - keys.shape[1]))
     extra = s.shape[-1] - keys.shape[1]
     if ignored is not None:
         per_slot = F.pad(ignored, (0, 1))[:, keys % (ignored.shape[1] + 1)]

@@ -12,7 +12,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
 
+import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from vicinal.drop_in.adapter import Adapter, Report, Row
 
@@ -20,6 +22,7 @@ __all__ = ["Report", "Row", "accelerate", "restore"]
 
 # library module -> module here that adapts it; one is imported only where the library already is
 _ADAPTER_MODULES = {
+    "torch.nn.modules.activation": "vicinal.drop_in.torch_multihead",
     "vicinal.models.swin": "vicinal.drop_in.swin",
     "vicinal.models.cswin": "vicinal.drop_in.cswin",
     "vicinal.models.ecoformer": "vicinal.drop_in.ecoformer",
@@ -27,13 +30,29 @@ _ADAPTER_MODULES = {
     "vicinal.models.dinat": "vicinal.drop_in.dinat",
     "vicinal.models.dformer": "vicinal.drop_in.dformer",
     "vicinal.models.causal_lm": "vicinal.drop_in.causal_lm",
+    "vicinal.models.mamba2": "vicinal.drop_in.mamba2",
+    "vicinal.models.hnet": "vicinal.drop_in.hnet",
+    "vicinal.models.performer": "vicinal.drop_in.performer",
+    "vicinal.models.lra": "vicinal.drop_in.lra",
     "natten.modules": "vicinal.drop_in.natten_modules",
     "timm.models.swin_transformer": "vicinal.drop_in.timm_swin",
+    "timm.models.swin_transformer_v2_cr": "vicinal.drop_in.timm_swin_cr",
+    "timm.models.maxxvit": "vicinal.drop_in.timm_maxxvit",
+    "timm.models.hiera": "vicinal.drop_in.timm_hiera",
+    "timm.models.efficientvit_msra": "vicinal.drop_in.timm_efficientvit",
+    "timm.models.davit": "vicinal.drop_in.timm_davit",
+    "timm.models.twins": "vicinal.drop_in.timm_twins",
+    "timm.models.levit": "vicinal.drop_in.timm_levit",
+    "timm.models.efficientformer": "vicinal.drop_in.timm_efficientformer",
+    "timm.models.efficientvit_mit": "vicinal.drop_in.timm_efficientvit_mit",
+    "torch_geometric.nn": "vicinal.drop_in.geometric_gps",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
+    "torchvision.models.video.swin_transformer": "vicinal.drop_in.torchvision_swin3d",
     "transformers.models.dinat.modeling_dinat": "vicinal.drop_in.transformers_dinat",
+    "transformers.models.mamba2.modeling_mamba2": "vicinal.drop_in.transformers_mamba2",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
 }
-FAMILIES = ("windowed", "neighborhood", "linear")
+FAMILIES = ("windowed", "neighborhood", "linear", "voxel", "multihead")
 
 
 @cache
@@ -50,14 +69,15 @@ def _adapters() -> Iterator[Adapter]:
 def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_run: bool = False) -> Report:
     """Replace the attention of every module that is recognised, in place.
 
-    Known are the blocks of vicinal's own reference models, of Swin in timm, torchvision and transformers, of
-    Dinat in transformers, and the modules of natten from 0.20 on.
+    Known are torch's nn.MultiheadAttention, vicinal's own reference models, the modules of natten from 0.20
+    on, and models of timm, torchvision, transformers and torch_geometric that docs/models.md lists.
     A block computes the same function as before, with one fused operation in the place of roll, pad,
     partition, mask and softmax.
 
     Args:
         model: any module; it is changed in place unless `dry_run`.
-        families: which families to use, of "windowed", "neighborhood" and "linear"; None for all.
+        families: which families to use, of "windowed", "neighborhood", "linear", "voxel" and "multihead";
+            None for all.
         dry_run: only report what would happen.
 
     Returns:
@@ -65,7 +85,8 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
         attention and was left alone, with the reason.
 
     Raises:
-        ValueError: `families` names something that is no family.
+        ValueError: `families` names something that is no family, or the model is scripted.
+        TypeError: `model` is no module. After any error the model is what it was.
 
     Example:
         >>> from vicinal.models import SwinTransformer, swin_test
@@ -74,31 +95,60 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
         >>> len(report.replaced)
         4
     """
+    _check_model(model)
     asked = FAMILIES if families is None else tuple(families)
     unknown = sorted(set(asked) - set(FAMILIES))
     if unknown:
         raise ValueError(f"families names {unknown}, it may name {list(FAMILIES)}")
+    rows, changes = _planned(model, asked)
+    if not dry_run:
+        _change(changes)
+    return Report(tuple(rows))
+
+
+def _planned(model: nn.Module, asked: tuple[str, ...]) -> tuple[list[Row], list[tuple[nn.Module, type]]]:
+    """What the walk says of each module, and the classes to give."""
     by_original = {adapter.original: adapter for adapter in _adapters()}
-    accelerated = {adapter.accelerated for adapter in _adapters()}
+    by_accelerated = {adapter.accelerated: adapter for adapter in _adapters()}
     rows: list[Row] = []
+    changes: list[tuple[nn.Module, type]] = []
     inside: set[nn.Module] = set()  # parts of modules that have their row
     for name, module in model.named_modules():
         if module in inside:
             continue
         cls = type(module)
         adapter = by_original.get(cls)
-        if adapter is not None:
-            inside.update(module.modules())
+        if adapter is not None and adapter.applies(module):
+            inside.update(adapter.covers(module))
             refusal = _refusal(adapter, module, asked)
             rows.append(Row(name, cls, None if refusal else adapter.accelerated, refusal or adapter.what))
-            if not refusal and not dry_run:
-                module.__class__ = adapter.accelerated
-        elif cls in accelerated:
-            inside.update(module.modules())
+            if not refusal:
+                changes.append((module, adapter.accelerated))
+        elif cls in by_accelerated:
+            inside.update(by_accelerated[cls].covers(module))
             rows.append(Row(name, cls, None, "it is accelerated already"))
-        elif reason := _unknown(module, tuple(by_original)):
+        elif adapter is None and (reason := _unknown(module, tuple(by_original))):
             rows.append(Row(name, cls, None, reason))
-    return Report(tuple(rows))
+    return rows, changes
+
+
+def _change(changes: list[tuple[nn.Module, type]]) -> None:
+    """Give modules their new classes: all of them, or after an error none."""
+    before = [(module, type(module)) for module, _ in changes]
+    try:
+        for module, cls in changes:
+            module.__class__ = cls
+    except BaseException:
+        for module, cls in before:
+            module.__class__ = cls
+        raise
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError("model is scripted; accelerate it before torch.jit.script or torch.jit.trace")
 
 
 def restore(model: nn.Module) -> Report:
@@ -109,14 +159,25 @@ def restore(model: nn.Module) -> Report:
 
     Returns:
         A report of what was restored.
+
+    Raises:
+        ValueError: a module's class was changed once more since, by a parametrization for example; nothing is
+            restored then.
     """
+    _check_model(model)
     by_accelerated = {adapter.accelerated: adapter for adapter in _adapters()}
-    rows = []
+    rows, changes = [], []
     for name, module in model.named_modules():
         adapter = by_accelerated.get(type(module))
         if adapter is not None:
-            module.__class__ = adapter.original
+            changes.append((module, adapter.original))
             rows.append(Row(name, adapter.accelerated, adapter.original, "restored"))
+        elif isinstance(module, tuple(by_accelerated)):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(module).__name__}, made of an accelerated class; remove "
+                "its parametrizations before restore"
+            )
+    _change(changes)
     return Report(tuple(rows))
 
 
@@ -129,10 +190,15 @@ def _refusal(adapter: Adapter, module: nn.Module, families: tuple[str, ...]) -> 
 def _unknown(module: nn.Module, originals: tuple[type, ...]) -> str | None:
     """Why a module that looks like attention is left alone; None for one that does not look like it."""
     cls = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        name = str(getattr(module, "original_name", ""))
+        return "it is scripted; accelerate it before" if "attention" in name.lower() else None
+    looks = "attention" in cls.__name__.lower() or cls.__name__.lower().endswith("attn")
+    if looks and cls.__module__.startswith(("vicinal.compat", "vicinal.nn", "vicinal._")):
+        return "it is vicinal's own"
+    if parametrize.is_parametrized(module) and isinstance(module, originals):
+        return "it has parametrizations, which are a class of their own: register them afterwards"
     if isinstance(module, originals):
         base = next(base for base in cls.__mro__ if base in originals)
         return f"a subclass of {base.__module__}.{base.__qualname__} may compute something else"
-    if "attention" in cls.__name__.lower() or cls.__name__.lower().endswith("attn"):
-        own = cls.__module__.startswith(("vicinal.compat", "vicinal.nn", "vicinal._"))
-        return "it is vicinal's own" if own else f"no adapter for {cls.__module__}.{cls.__qualname__}"
-    return None
+    return f"no adapter for {cls.__module__}.{cls.__qualname__}" if looks else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,21 @@ def _nothing_against(module: Any) -> str | None:
     return None
 
 
+def _always(module: Any) -> bool:
+    return True
+
+
+def _all_of(module: Any) -> Iterable[nn.Module]:
+    return module.modules()
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A class of a library and the subclass of it that calls vicinal.
 
-    `reason_against(module)` says why one instance cannot be replaced, or returns None.
+    `reason_against(module)` says why one instance cannot be replaced, or returns None. Where
+    `applies(module)` is False the walk goes on into the module as if nobody knew it. `covers(module)` are
+    the module and those inside it that get no row of their own.
     """
 
     family: str
@@ -25,6 +35,8 @@ class Adapter:
     accelerated: type[nn.Module]
     what: str
     reason_against: Callable[[Any], str | None] = _nothing_against
+    applies: Callable[[Any], bool] = _always
+    covers: Callable[[Any], Iterable[nn.Module]] = _all_of
 
 
 @dataclass(frozen=True)

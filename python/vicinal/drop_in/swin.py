@@ -7,9 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from vicinal.drop_in.adapter import Adapter
-from vicinal.drop_in.swin_attention import attend_v1, attend_v2, changed_parts
+from vicinal.drop_in.swin_attention import attend_v1, attend_v2, changed_parts, windows_on
 from vicinal.models.swin import SwinTransformerBlock, WindowAttention, WindowAttentionV2
-from vicinal.windowed import Windows
 
 
 class FusedSwinTransformerBlock(SwinTransformerBlock):
@@ -19,7 +18,7 @@ class FusedSwinTransformerBlock(SwinTransformerBlock):
         """Attend inside windows of the map where it lies: [B, H, W, C] -> [B, H, W, C]."""
         w = self.window_size
         _, H, W, _ = x.shape
-        windows = Windows((w, w), shift=self.shift(H, W), edge="const")
+        windows = windows_on((H, W), (w, w), shift=self.shift(H, W))
         attend = attend_v1 if isinstance(self.attn, WindowAttention) else attend_v2
         return attend(self.attn, x, windows)
 

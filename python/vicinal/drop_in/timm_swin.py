@@ -11,15 +11,15 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor
 
 from vicinal.drop_in.adapter import Adapter
-from vicinal.drop_in.swin_attention import attend_v1, attend_v2, changed_parts
+from vicinal.drop_in.swin_attention import attend_v1, attend_v2, changed_parts, windows_on
 from vicinal.windowed import Windows
 
 
-def _windows(block: Any) -> Windows:
-    # read anew in every call: `set_input_size` of the model changes them
-    return Windows(
-        tuple(block.window_size), shift=tuple(block.shift_size), edge="const", pad_order="roll_pad"
-    )
+def windows_of(block: Any, x: Tensor) -> Windows:
+    """The windows of a block on a map [B, H, W, C]; read anew in every call, for `set_input_size` of the
+    model changes them."""
+    shift = tuple(block.shift_size)
+    return windows_on(x.shape[1:3], block.window_size, shift=shift, pad_order="roll_pad")
 
 
 class FusedSwinTransformerBlock(swin_transformer.SwinTransformerBlock):
@@ -28,7 +28,7 @@ class FusedSwinTransformerBlock(swin_transformer.SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
         dropout_p = attn.attn_drop.p if self.training else 0.0
-        return attn.proj_drop(attend_v1(attn, x, _windows(self), dropout_p))
+        return attn.proj_drop(attend_v1(attn, x, windows_of(self, x), dropout_p))
 
 
 class FusedSwinTransformerV2Block(swin_transformer_v2.SwinTransformerV2Block):
@@ -37,7 +37,7 @@ class FusedSwinTransformerV2Block(swin_transformer_v2.SwinTransformerV2Block):
     def _attn(self, x: Tensor) -> Tensor:
         attn = self.attn
         dropout_p = attn.attn_drop.p if self.training else 0.0
-        return attn.proj_drop(attend_v2(attn, x, _windows(self), dropout_p))
+        return attn.proj_drop(attend_v2(attn, x, windows_of(self, x), dropout_p))
 
 
 def _against_v1(block: Any) -> str | None:

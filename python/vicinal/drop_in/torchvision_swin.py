@@ -10,21 +10,21 @@ from torch import Tensor
 from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
 
 from vicinal.drop_in.adapter import Adapter
-from vicinal.drop_in.swin_attention import changed_parts
+from vicinal.drop_in.swin_attention import changed_parts, cosine_table, windows_on
 from vicinal.nn import packed_windowed_attention
-from vicinal.windowed import RelativeBias, Windows
+from vicinal.windowed import RelativeBias
 
 
 def _attend(
     attn: Any, x: Tensor, qkv_bias: Tensor | None, table: Tensor, logit_scale: Tensor | None
 ) -> Tensor:
-    _, H, W, _ = x.shape
+    space = x.shape[1:3]
     # along an axis that one window covers, torchvision does not shift
-    shift = tuple(0 if w >= L else s for w, L, s in zip(attn.window_size, (H, W), attn.shift_size))
+    shift = tuple(0 if w >= L else s for w, L, s in zip(attn.window_size, space, attn.shift_size))
     out = packed_windowed_attention(
         F.linear(x, attn.qkv.weight, qkv_bias),
         qkv_bias,
-        Windows(tuple(attn.window_size), shift=shift, edge="const"),
+        windows_on(space, attn.window_size, shift=shift),
         attn.num_heads,
         bias=RelativeBias(table),
         logit_scale=logit_scale,
@@ -52,7 +52,7 @@ class FusedShiftedWindowAttentionV2(ShiftedWindowAttentionV2):
             bias = torch.cat(
                 [q_bias, torch.zeros_like(k_bias), v_bias]
             )  # the key's third is stored, but never used
-        table = 16 * torch.sigmoid(self.cpb_mlp(self.relative_coords_table)).flatten(0, -2)
+        table = cosine_table(self.cpb_mlp, self.relative_coords_table)
         return _attend(self, x, bias, table, self.logit_scale)
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers.models.swin import modeling_swin
 
 from vicinal.drop_in.adapter import Adapter
-from vicinal.drop_in.swin_attention import changed_parts
-from vicinal.windowed import RelativeBias, Windows, windowed_attention
+from vicinal.drop_in.swin_attention import attend_projected, changed_parts, windows_on
+from vicinal.windowed import RelativeBias
 
 
 class FusedSwinLayer(modeling_swin.SwinLayer):
@@ -39,21 +39,18 @@ class FusedSwinLayer(modeling_swin.SwinLayer):
 
     def _window_attention(self, x: Tensor) -> Tensor:
         attn = self.attention
-        heads = (attn.num_attention_heads, attn.head_dim)
-        q, k, v = (proj(x).unflatten(-1, heads) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-        out = windowed_attention(
-            q,
-            k,
-            v,
-            Windows((self.window_size,) * 2, shift=self.shift_size, edge="const"),
+        out = attend_projected(
+            x,
+            attn.q_proj,
+            attn.k_proj,
+            attn.v_proj,
+            windows_on(x.shape[1:3], (self.window_size,) * 2, shift=self.shift_size),
+            attn.head_dim,
             bias=RelativeBias(attn.relative_position_bias.relative_position_bias_table),
             scale=attn.scaling,
-            edge_k=None if attn.k_proj.bias is None else attn.k_proj.bias.unflatten(0, heads),
-            edge_v=None if attn.v_proj.bias is None else attn.v_proj.bias.unflatten(0, heads),
             dropout_p=attn.attention_dropout if self.training else 0.0,
         )
-        assert isinstance(out, Tensor)
-        return attn.o_proj(out.flatten(-2))
+        return attn.o_proj(out)
 
 
 def _reason_against(layer: Any) -> str | None:

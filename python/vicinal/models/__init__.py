@@ -37,12 +37,17 @@ from vicinal.models.configs_neighborhood import (
     nat_small,
     nat_tiny,
 )
+from vicinal.models.configs_sequences import hnet_test, hnet_two_stage, lra_test, lra_text
 from vicinal.models.cswin import CSWinConfig, CSWinTransformer
 from vicinal.models.dformer import DFormer, DFormerConfig
 from vicinal.models.dinat import DiNAT, DiNATConfig
 from vicinal.models.dinat_keys import official_dinat_state_dict
 from vicinal.models.ecoformer import EcoFormer, EcoFormerConfig
+from vicinal.models.hnet import HNet, HNetConfig
+from vicinal.models.lra import LRAConfig, TextClassifier
+from vicinal.models.mamba2 import Mamba2Config, Mamba2Mixer
 from vicinal.models.mossformer2 import MossFormer2, MossFormer2Config
+from vicinal.models.performer import PerformerAttention
 from vicinal.models.swin import SwinConfig, SwinTransformer
 from vicinal.models.swin_keys import official_state_dict
 
@@ -57,11 +62,18 @@ __all__ = [
     "DiNATConfig",
     "EcoFormer",
     "EcoFormerConfig",
+    "HNet",
+    "HNetConfig",
+    "LRAConfig",
+    "Mamba2Config",
+    "Mamba2Mixer",
     "MossFormer2",
     "MossFormer2Config",
+    "PerformerAttention",
     "Scope",
     "SwinConfig",
     "SwinTransformer",
+    "TextClassifier",
     "causal_lm_test",
     "cswin_base",
     "cswin_small",
@@ -78,6 +90,10 @@ __all__ = [
     "dinat_tiny",
     "ecoformer_pvt_v2_b0",
     "ecoformer_test",
+    "hnet_test",
+    "hnet_two_stage",
+    "lra_test",
+    "lra_text",
     "masformer",
     "meshtron",
     "mossformer2",
