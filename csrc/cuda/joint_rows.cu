@@ -138,7 +138,7 @@ struct JointWork {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) joint_rows_kernel(JointRows p) {
+__global__ void __launch_bounds__(kMaxThreads) joint_rows_kernel(const __grid_constant__ JointRows p) {
   const Joint& a = p.a;
   DYN_SMEM(raw);
   SmemCarver carver(raw);

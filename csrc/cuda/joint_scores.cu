@@ -55,7 +55,7 @@ __device__ void store_pairs(void* to, const Joint& a, const Tokens& rows, int ke
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) joint_scores_kernel(JointScores p) {
+__global__ void __launch_bounds__(kMaxThreads) joint_scores_kernel(const __grid_constant__ JointScores p) {
   const Joint& a = p.a;
   DYN_SMEM(raw);
   SmemCarver carver(raw);

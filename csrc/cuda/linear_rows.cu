@@ -349,7 +349,7 @@ __device__ void store_features(const RowsWork<T>& w, const Square& y) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) linear_rows_kernel(LinearRows p) {
+__global__ void __launch_bounds__(kMaxThreads) linear_rows_kernel(const __grid_constant__ LinearRows p) {
   DYN_SMEM(raw);
   SmemCarver carver(raw);
   RowsWork<T> w(p, carver);

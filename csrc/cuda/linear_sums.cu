@@ -10,7 +10,7 @@ namespace vicinal::cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) linear_sums_kernel(LinearSums p) {
+__global__ void __launch_bounds__(kMaxThreads) linear_sums_kernel(const __grid_constant__ LinearSums p) {
   constexpr int N = kSide / 8;
   const Linear& a = p.a;
   DYN_SMEM(raw);
