@@ -152,7 +152,7 @@ def _cpu_forward(*args: Any) -> None:
 
 def _cpu_backward(*args: Any) -> None:
     scratch = torch.empty_like(args[1][2])
-    _C.joint_bwd((*backward_arguments(*args, scratch), torch.get_num_threads()))
+    _C.joint_bwd((*backward_arguments(*args, scratch=scratch), torch.get_num_threads()))
 
 
 def _cuda_forward(*args: Any) -> None:
@@ -161,7 +161,7 @@ def _cuda_forward(*args: Any) -> None:
 
 def _cuda_backward(*args: Any) -> None:
     scratch = torch.empty_like(args[1][2])
-    _cuda.launch("joint_bwd", backward_arguments(*args, scratch), scratch.device)
+    _cuda.launch("joint_bwd", backward_arguments(*args, scratch=scratch), scratch.device)
 
 
 def _forward(launch: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:

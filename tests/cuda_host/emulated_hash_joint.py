@@ -51,7 +51,7 @@ def joint_forward(*args: Any) -> None:
 
 def joint_backward(*args: Any) -> None:
     scratch = torch.empty_like(args[1][2])
-    arguments = _joint_op.backward_arguments(*args, scratch)
+    arguments = _joint_op.backward_arguments(*args, scratch=scratch)
     emulation[-1].launch("bwd", arguments, tensors_of([*args, scratch]))
 
 
