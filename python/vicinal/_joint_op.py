@@ -135,6 +135,7 @@ def backward_arguments(
     tensors: Sequence[Any],
     o: Options,
     results: Sequence[Tensor],
+    *,
     scratch: Tensor,
 ) -> tuple[int | float, ...]:
     """scratch: memory like the state."""
