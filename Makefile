@@ -14,7 +14,7 @@ CXX_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
 # Test processes run side by side; one thread each. Tests of threading set their own number.
 test: export OMP_NUM_THREADS ?= 1
 
-.PHONY: test slow-test demo bench gpu check format build clean
+.PHONY: test slow-test demo bench gpu check format docs build clean
 
 test: $(BUILT)  ## all tests but the slow ones
 	$(RUN) -m pytest -n $(WORKERS) -q -m "not slow" $(TESTS)
@@ -42,6 +42,10 @@ format: $(INSTALLED)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(CLANG_FORMAT) -i $(CXX_SOURCES)
+
+docs: $(INSTALLED)  ## the documentation as a site, in build/site
+	$(PIP) mkdocs-material "mkdocstrings[python]"
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
 
 build: $(BUILT)
 

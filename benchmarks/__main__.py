@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks` windowed, neighborhood, voxel, linear, joint, overhead or models."""
+"""Command line: `python -m benchmarks` and a family, such as windowed, mha or models."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import joint, linear, models, neighborhood, overhead, table, voxel, windowed
+from . import joint, layers, linear, mha, models, neighborhood, overhead, table, voxel, windowed
 from .results import Report, default_path, load
 
-FAMILIES = ("windowed", "neighborhood", "voxel", "linear", "joint", "overhead", "models")
+FAMILIES = ("windowed", "neighborhood", "voxel", "linear", "joint", "mha", "overhead", "layers", "models")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--plot", type=Path, metavar="FILE", help="draw times and ratios")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="compare with an older result")
+    p.add_argument("--compile", action="store_true", help="whole models: also compiled by torch.compile")
     p.add_argument("--list", action="store_true", help="list the cases and stop")
     return p
 
@@ -124,8 +125,15 @@ def run_lines(args: argparse.Namespace, report: Report) -> Iterator[str]:
     if args.family == "joint":
         problems = joint.selected(args.problem, quick=args.quick, full=args.full)
         return joint.run(problems, linear_options(args), report)
+    if args.family == "mha":
+        seconds = args.seconds or (1.0 if args.quick else 4.0)
+        return mha.run(report, threads, seconds, tuple(args.dtype), args.quick, args.problem)
+    if args.family == "layers":
+        return layers.run(
+            report, threads, args.seconds or (1.0 if args.quick else 6.0), args.quick, args.problem
+        )
     seconds = args.seconds or (2.0 if args.quick else 15.0)
-    return models.run(report, threads, seconds, args.quick, args.problem)
+    return models.run(report, threads, seconds, args.quick, args.problem, args.compile)
 
 
 def neighborhood_cases(args: argparse.Namespace) -> list[neighborhood.Case]:

@@ -1,9 +1,9 @@
-"""Whole models before and after `vicinal.drop_in.accelerate`, inference and training steps: Swin-T and
-DiNAT-Mini at 224 pixels.
+"""Whole models before and after `vicinal.drop_in.accelerate`, inference and training steps.
 
 The baselines are the reference models of vicinal.models, which compute what the official releases do (DiNAT
-gathers the keys of every window), and for Swin-T timm's, with its own fused attention; all on the same
-weights. Before anything is timed, the outputs are compared.
+gathers the keys of every window), and the same models of timm, torchvision and transformers with what fused
+attention they have; with `--compile` also compiled by torch.compile. An accelerated model has the weights of
+its original, and before anything is timed their outputs are compared.
 """
 
 from __future__ import annotations
@@ -17,52 +17,49 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vicinal.drop_in import accelerate
-from vicinal.models import DiNAT, SwinTransformer, dinat_mini, swin_tiny
 
-from . import torchvision_operators
 from .measure import Contender, interleave, median, ratios
+from .models_published import PROBLEMS, Problem
 from .results import Report, Result
 from .table import number
 from .windowed import OURS, spread
 
-BASELINES = ("reference", "timm")
-PROBLEMS: dict[str, Callable[[], nn.Module]] = {
-    "swin-t": lambda: SwinTransformer(swin_tiny()),
-    "dinat-mini": lambda: DiNAT(dinat_mini()),
-}
+
+def fast_name(name: str, problem: Problem) -> str:
+    """The name of the accelerated copy of a model; the first one's is what tables call ours."""
+    return OURS if name == next(iter(problem.makers)) else f"{name}, accelerated"
 
 
-def swin_of_timm() -> nn.Module:
-    torchvision_operators.declare()
-    import timm
-
-    torch.manual_seed(0)
-    model: nn.Module = timm.create_model("swin_tiny_patch4_window7_224", drop_path_rate=0.0)
-    return model
-
-
-def models(problem: str) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Ours and the baselines on the same weights, and why a baseline is missing."""
-    torch.manual_seed(0)
-    reference = PROBLEMS[problem]()
-    fast = copy.deepcopy(reference)
-    accelerate(fast)
-    found: dict[str, nn.Module] = {OURS: fast, "reference": reference}
+def models(problem: Problem, compiled: bool) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Originals and accelerated copies on the same weights, and why a library's model is missing."""
+    found: dict[str, nn.Module] = {}
     missing: dict[str, str] = {}
-    if problem != "swin-t":
-        return found, missing
-    try:
-        other = swin_of_timm()
-        accelerated_timm = copy.deepcopy(other)
-        accelerate(accelerated_timm)
-        found |= {"timm": other, "timm, accelerated": accelerated_timm}
-    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision beside another build of torch
-        missing["timm"] = f"{type(error).__name__}: {error}"[:200]
+    for name, make in problem.makers.items():
+        torch.manual_seed(0)
+        try:
+            original = make()
+        except (
+            ImportError,
+            RuntimeError,
+        ) as error:  # RuntimeError: torchvision beside another build of torch
+            missing[name] = f"{type(error).__name__}: {error}"[:200]
+            continue
+        fast = copy.deepcopy(original)
+        accelerate(fast)
+        found |= {fast_name(name, problem): fast, name: original}
+        if compiled:
+            pair = {f"{fast_name(name, problem)}, compiled": fast, f"{name}, compiled": original}
+            found |= {key: _compiled(model) for key, model in pair.items()}
     return found, missing
 
 
+def _compiled(model: nn.Module) -> nn.Module:
+    module: nn.Module = torch.compile(copy.deepcopy(model), dynamic=False)  # type: ignore[assignment]
+    return module
+
+
 def inference(model: nn.Module, images: Tensor) -> Callable[[], Any]:
-    model.eval()
+    _evaluated(model)
 
     def step() -> Tensor:
         with torch.inference_mode():
@@ -87,71 +84,99 @@ def training(model: nn.Module, images: Tensor) -> Callable[[], Any]:
     return step
 
 
-def disagreement(found: dict[str, nn.Module], images: Tensor) -> str:
+def disagreement(problem: Problem, found: dict[str, nn.Module]) -> str:
     """Why the accelerated models are not the originals, or an empty text: float32 outputs within 1e-4 of
     their size.
     """
-    with torch.inference_mode():
-        outs = {name: model.eval()(images) for name, model in found.items()}
-    for fast, slow in ((OURS, "reference"), ("timm, accelerated", "timm")):
-        if fast in outs:
-            error = float((outs[fast] - outs[slow]).abs().max() / outs[slow].abs().max())
-            if not error < 1e-4:
-                return f"{fast} differs from {slow} by {error:.1e} of the largest output"
+    images = torch.randn(1, 3, problem.pixels, problem.pixels)
+    for name in problem.makers:
+        if name not in found:
+            continue
+        with torch.inference_mode():
+            slow, fast = (_evaluated(found[key])(images) for key in (name, fast_name(name, problem)))
+        error = float((fast - slow).abs().max() / slow.abs().max())
+        if not error < 1e-4:
+            return f"{name}, accelerated, differs by {error:.1e} of the largest output"
     return ""
 
 
+def _evaluated(model: nn.Module) -> nn.Module:
+    model.eval()  # whose result timm's LeViT and EfficientViT attention forget
+    return model
+
+
 def run(
-    report: Report, threads: tuple[int, ...], seconds: float, quick: bool, wanted: list[str] | None = None
+    report: Report,
+    threads: tuple[int, ...],
+    seconds: float,
+    quick: bool,
+    wanted: list[str] | None = None,
+    compiled: bool = False,
 ) -> Iterator[str]:
     """Time every model whose name has a part that is `wanted` (None: all); yields a line for each batch size
     and step."""
     for problem in PROBLEMS:
         if wanted is None or any(part in problem for part in wanted):
-            yield from run_problem(report, problem, threads, seconds, quick)
+            yield from run_problem(report, problem, threads, seconds, quick, compiled)
 
 
 def run_problem(
-    report: Report, problem: str, threads: tuple[int, ...], seconds: float, quick: bool
+    report: Report, name: str, threads: tuple[int, ...], seconds: float, quick: bool, compiled: bool
 ) -> Iterator[str]:
     """Time one model."""
-    found, missing = models(problem)
+    problem = PROBLEMS[name]
+    found, missing = models(problem, compiled)
     report.unavailable += [{"group": "models", "impl": n, "reason": why} for n, why in missing.items()]
-    if complaint := disagreement(found, torch.randn(1, 3, 224, 224)):
-        report.refused.append({"group": f"models/{problem}", "reason": complaint})
-        yield f"models/{problem}  REFUSED: {complaint}"
+    if not found:
+        return
+    if complaint := disagreement(problem, found):
+        report.refused.append({"group": f"models/{name}", "reason": complaint})
+        yield f"models/{name}  REFUSED: {complaint}"
         return
     for count in threads:
         torch.set_num_threads(count)
-        for batch in (1,) if quick else (1, 8):
-            images = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-            name = f"{problem}-b{batch}"
+        for batch in problem.batches[: 1 if quick else None]:
+            shape = (batch, 3, problem.pixels, problem.pixels)
+            images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
             for direction, prepare in (("inference", inference), ("training", training)):
-                group = f"models/{name}/float32/{direction}/{count}t"
+                group = f"models/{name}-b{batch}/float32/{direction}/{count}t"
                 ready = [Contender(impl, prepare(model, images)) for impl, model in found.items()]
-                timed = interleave(ready, seconds=seconds, rounds=(3, 5) if quick else (7, 40))
-                params = {"problem": name, "dtype": "float32", "direction": direction}
+                timed = interleave(ready, seconds=seconds, rounds=(3, 9) if quick else (7, 40))
+                params = {"problem": f"{name}-b{batch}", "dtype": "float32", "direction": direction}
                 more = {"threads": count, "device": "cpu", "batch": batch}
-                report.results += results(group, {**params, **more}, timed.contenders)
-                yield line(group, timed.contenders, batch)
+                report.results += results(group, {**params, **more}, problem, timed.contenders)
+                yield line(group, problem, timed.contenders, batch)
 
 
-def results(group: str, params: dict[str, Any], contenders: list[Contender]) -> list[Result]:
-    """A result each; ours has the ratio to the best model that is not accelerated."""
+def results(
+    group: str, params: dict[str, Any], problem: Problem, contenders: list[Contender]
+) -> list[Result]:
+    """A result each; ours has the ratio to the best model that is not accelerated, other accelerated models
+    that to their own original."""
     by_name = {c.name: c for c in contenders}
-    mine = by_name[OURS].seconds
-    best = min((by_name[n] for n in BASELINES if n in by_name), key=lambda c: median(c.seconds))
+    slow = [c for c in contenders if c.name.partition(", ")[0] != OURS and "accelerated" not in c.name]
+    best = min(slow, key=lambda c: median(c.seconds))
+    original = {fast_name(name, problem): name for name in problem.makers}
     found = []
     for c in contenders:
         result = Result(group, c.name, params, c.seconds, c.repeats)
         if c.name == OURS:
-            result.extra |= {"best_baseline": best.name, "ratio": spread(ratios(best.seconds, mine))}
+            result.extra |= {"best_baseline": best.name, "ratio": spread(ratios(best.seconds, c.seconds))}
         else:
-            result.extra["ratio_to_ours"] = spread(ratios(c.seconds, mine))
+            result.extra["ratio_to_ours"] = spread(ratios(c.seconds, by_name[OURS].seconds))
+        if c.name in original:
+            its = by_name[original[c.name]]
+            result.extra["ratio_to_original"] = spread(ratios(its.seconds, c.seconds))
         found.append(result)
     return found
 
 
-def line(group: str, contenders: list[Contender], batch: int) -> str:
+def line(group: str, problem: Problem, contenders: list[Contender], batch: int) -> str:
+    by_name = {c.name: c.seconds for c in contenders}
     rates = ", ".join(f"{c.name} {number(batch / median(c.seconds))}" for c in contenders)
-    return f"{group:<44} images/s: {rates}"
+    gains = [
+        f"{name} {median(ratios(by_name[name], by_name[fast_name(name, problem)])):.2f}x"
+        for name in problem.makers
+        if name in by_name
+    ]
+    return f"{group:<44} images/s: {rates}; over its original: {', '.join(gains)}"

@@ -16,6 +16,8 @@ namespace py = pybind11;
 
 namespace vicinal {
 void bind_cpu(py::module_& m);
+void bind_context(py::module_& m);
+void bind_edge(py::module_& m);
 void bind_hash(py::module_& m);
 void bind_joint(py::module_& m);
 void bind_cuda(py::module_& m);
@@ -54,6 +56,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of vicinal.";
   m.def("build_info", &build_info, "How this library was compiled.");
   vicinal::bind_cpu(m);
+  vicinal::bind_context(m);
+  vicinal::bind_edge(m);
   vicinal::bind_hash(m);
   vicinal::bind_joint(m);
   vicinal::bind_cuda(m);

@@ -51,6 +51,8 @@ def gradients(model: nn.Module, x: Tensor, seed: int = 1) -> dict[str, Tensor]:
     assert x.grad is not None
     results = {"output": out.detach(), "input.grad": x.grad}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None, f"{name} got no gradient"
         results[f"{name}.grad"] = parameter.grad
     model.zero_grad()
@@ -78,8 +80,10 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], limit: f
     assert error <= limit, f"{name}: RMS ratio {error:.2e} > {limit:.0e}"
 
 
-def assert_same_in_double_precision(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Every output and gradient of two float64 runs agrees within 1e-9 of its size.
+def assert_same_in_double_precision(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 1e-9
+) -> None:
+    """Every output and gradient of two float64 runs agrees within `limit` of its size.
 
     A gradient that is zero but for rounding (of a bias in front of a batch normalisation, of what a softmax
     does not see) has no digits to compare: it has to be as small in both."""
@@ -88,11 +92,11 @@ def assert_same_in_double_precision(actual: dict[str, Tensor], expected: dict[st
     compared = 0
     for name, value in expected.items():
         assert torch.isfinite(value).all(), name
-        if value.abs().max() > 1e-11 * largest:
-            assert rms_ratio(actual[name], value) <= 1e-9, f"{name}: {rms_ratio(actual[name], value):.1e}"
+        if value.abs().max() > 0.01 * limit * largest:
+            assert rms_ratio(actual[name], value) <= limit, f"{name}: {rms_ratio(actual[name], value):.1e}"
             compared += 1
         else:
-            assert actual[name].abs().max() <= 1e-10 * largest, name
+            assert actual[name].abs().max() <= 0.1 * limit * largest, name
     assert compared > 0.8 * len(expected), f"only {compared} of {len(expected)} are not zero"
 
 

@@ -14,14 +14,16 @@ from torch import nn
 class Published:
     """A model, the shape of its input, and what accelerate has to do with it.
 
-    `replaced` modules get another class and call `operator` once each (`calls` times in all); the names of
-    the classes that are left alone are `left`."""
+    `replaced` modules get another class and call an operation once each (or `calls` in all); the names of the
+    classes that are left alone are `left`. `limit` is the error of the original in float64, more than
+    rounding where it computes its softmax in float32."""
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     replaced: int
     calls: int = 0
     left: tuple[str, ...] = ()
+    limit: float = 1e-9
 
 
 def _timm(module: str, name: str, **options: Any) -> nn.Module:
@@ -80,6 +82,12 @@ def _efficientformer() -> nn.Module:
     return _timm("efficientformer", "EfficientFormer", num_vit=1, **sizes)
 
 
+def _sam() -> nn.Module:
+    sizes = {"img_size": 64, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "window_size": 6}
+    more = {"use_rel_pos": True, "global_attn_indexes": (1,), "neck_chans": 0}
+    return _timm("vision_transformer_sam", "VisionTransformerSAM", **sizes, **more)
+
+
 def _swin3d(window: list[int]) -> nn.Module:
     video = library("torchvision.models.video.swin_transformer")
     model: nn.Module = video.SwinTransformer3d(
@@ -108,6 +116,7 @@ PUBLISHED: dict[str, Published] = {
     "timm-twins-odd": Published(
         lambda: _twins((64, 40)), (2, 3, 64, 40), 2, left=("GlobalSubSampleAttn",) * 2
     ),
+    "timm-sam-odd": Published(_sam, (2, 3, 64, 64), 2, left=("Block",)),
     "timm-levit": Published(lambda: _levit(), (2, 3, 112, 112), 3),
     "timm-levit-conv": Published(lambda: _levit(use_conv=True), (2, 3, 112, 112), 3),
     "timm-efficientformer": Published(_efficientformer, (2, 3, 224, 224), 1),

@@ -14,6 +14,7 @@ from torch import Tensor
 TRAINED = (
     *("q", "k", "v", "bias", "logit_scale", "edge_k", "edge_v", "extra_k", "extra_v", "extra_bias"),
     *("q_table", "k_table", "v_table", "angles", "rel_pos_0", "rel_pos_1", "rel_pos_2"),
+    *("edge_mul", "edge_gate", "edge_bias"),
 )
 INF = float("inf")
 

@@ -269,6 +269,25 @@ def test_autocast_is_as_exact_as_the_original(name: str) -> None:
 
 
 @needs_cpu
+@pytest.mark.parametrize("name", ["mamba2", "past", "average", "lra-elu1", "performer-alone"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_short_types_are_as_exact_as_the_original(name: str, dtype: torch.dtype) -> None:
+    build, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer = redraw(build()).to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    exact, plain = gradients(double(layer), x.double()), gradients(layer, x)
+    assert vicinal.accelerate(layer).replaced
+    for key, value in gradients(layer, x).items():
+        if plain[key].isnan().any():  # the features' sums leave the range of the plain ones
+            assert (name, dtype) == ("performer-alone", torch.float16)
+            assert rms_ratio(value, exact[key]) <= 2e-3, key
+            continue
+        bound = 2 * rms_ratio(plain[key], exact[key]) + 4 * torch.finfo(dtype).eps
+        assert rms_ratio(value, exact[key]) <= bound, key
+
+
+@needs_cpu
 @pytest.mark.parametrize("name", ["lra-favor", "lra-longformer"])
 def test_compiled_in_one_graph(name: str) -> None:
     model, x = make(name)
@@ -385,6 +404,19 @@ def test_performer_against_its_release() -> None:
     with torch.no_grad():
         alone = [layer(x[None, a:b])[0] for a, b in itertools.pairwise(ENDS) if b > a]
         assert rms_ratio(ours(x, ends_of()), torch.cat(alone)) < 1e-5
+
+
+@needs_cpu
+def test_many_graphs_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = redraw(Graphs())
+    x = torch.randn(200, 52)
+    exact = gradients(double(layer), x.double())
+    monkeypatch.setattr("vicinal.drop_in.performer.IN_CACHE", 50)
+    vicinal.accelerate(layer)
+    with CountOps() as counter:
+        found = gradients(layer, x)
+    assert counter.calls == {"vicinal.linear_fwd.cpu": 3, "vicinal.linear_bwd.cpu": 3}
+    assert_same(found, exact, 1e-4)
 
 
 def test_ratio_loss_is_least_at_its_ratio() -> None:

@@ -45,7 +45,7 @@ NEIGHBORHOOD_TILED = neighborhoods.Problem(
 )  # fmt: skip
 
 
-VOXELS = ("arrays", "ranges-free", "neighbours", "rope-small", "chunks-back")
+VOXELS = ("arrays", "ranges-free", "neighbours", "rope-small", "chunks-back", "context-small")
 
 
 def check_voxels(problem: voxels.Problem, dtype: torch.dtype) -> None:

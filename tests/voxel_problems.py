@@ -18,8 +18,9 @@ Made = Segments | SegmentGroups
 
 @dataclass(frozen=True)
 class Problem:
-    """make: the segments. terms: any of "rel", "context", "key", "key-heads", "key-fixed" (no gradient, some
-    -inf), "rope". layout: "contiguous", "packed" (views of one tensor), "crop" (views into NaN)."""
+    """make: the segments. terms: any of "rel", "context", "apart" (cells of context for each head group),
+    "key", "key-heads", "key-fixed" (no gradient, some -inf), "rope". layout: "contiguous", "packed" (views of
+    one tensor), "crop" (views into NaN)."""
 
     name: str
     make: Callable[[], Made]
@@ -37,7 +38,7 @@ class Problem:
     @property
     def kernels(self) -> bool:
         """Whether kernels have its terms."""
-        return not {"rel", "context"} & set(self.terms)
+        return "rel" not in self.terms
 
     @property
     def segments(self) -> Made:
@@ -173,6 +174,10 @@ TERMS = (
     Problem("rel-groups", groups, heads=4, terms=("rel", "key-heads")),
     Problem("context", windows("shell_64", (6, 6, 6), (3, 3, 3)), terms=("context",), dim_v=5),
     Problem("context-groups", groups, heads=4, terms=("context",)),
+    Problem("context-apart", groups, heads=4, dim=16, terms=("context", "apart", "key-heads")),
+    Problem("context-overlap", lambda: curve("shell_64").patches(20), dim=18, dim_v=33, terms=("context",)),
+    Problem("context-mixed", mixed_groups, heads=3, terms=("context", "apart", "key-fixed"), layout="crop"),
+    Problem("context-scale-0", windows("shell_64", (8, 8, 8)), dim=16, terms=("context",), scale=0.0),
     Problem("context-rel", windows("shell_64", (8, 8, 8)), terms=("context", "rel", "key")),
     Problem("rel-small", lambda: segments.from_lengths(ints(5, 1, 6)), dim=3, terms=("rel",)),
     Problem("context-small", lambda: segments.from_lengths(ints(5, 1, 6)), dim=3, terms=("context",)),

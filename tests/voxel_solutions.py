@@ -60,6 +60,16 @@ def cells(problem: Problem) -> Tensor:
     return (coords[: problem.rows[0], 1:] % 16).to(torch.int32)
 
 
+def context_cells(problem: Problem) -> list[tuple[int, int, Tensor]]:
+    """First head, last head + 1 and cells of the head groups."""
+    s, found, first = problem.segments, [], 0
+    groups = s.groups if isinstance(s, SegmentGroups) and "apart" in problem.terms else ((s, problem.heads),)
+    for i, (_, n) in enumerate(groups):
+        found.append((first, first + n, (cells(problem) + 5 * i) % 16))
+        first += n
+    return found
+
+
 def terms(problem: Problem, tensors: dict[str, Tensor]) -> Any:
     where = tensors["q"].device
     found: list[Any] = []
@@ -67,7 +77,8 @@ def terms(problem: Problem, tensors: dict[str, Tensor]) -> Any:
         found.append(RelTable(cells(problem).to(where), tensors["bias"]))
     if "q_table" in tensors:
         tables = (tensors["q_table"], tensors["k_table"], tensors["v_table"])
-        found.append(ContextTable(cells(problem).to(where), *tables))
+        parts = tuple(c.to(where) for _, _, c in context_cells(problem))
+        found.append(ContextTable(parts if "apart" in problem.terms else parts[0], *tables))
     if "angles" in tensors:
         found.append(Rope3D(cells(problem).to(where), tensors["angles"]))
     for name in ("fixed", "extra_bias"):
@@ -127,6 +138,15 @@ def rotated(x: Tensor, problem: Problem, angles: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
+def looked_up(problem: Problem, table: Tensor) -> Tensor:
+    """[N, N, H, D]: the rows of every pair, added up over the axes."""
+    parts = []
+    for first, last, c in context_cells(problem):
+        offset = (c[:, None] - c[None] + EXTENT // 2).long()
+        parts.append(sum(table[offset[..., a], a, first:last] for a in range(3)))
+    return torch.cat(parts, 2)  # type: ignore[arg-type]
+
+
 def dense(problem: Problem, tensors: dict[str, Tensor], c: float, backwards: bool) -> Results:
     """Scores of all pairs, every step in the dtype of q; a key that is read twice counts twice."""
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
@@ -141,11 +161,7 @@ def dense(problem: Problem, tensors: dict[str, Tensor], c: float, backwards: boo
             offset = (cells(problem)[:, None, a] - cells(problem)[None, :, a]).clamp(-BOUND, BOUND) + BOUND
             s = s + tensors["bias"][a].to(q.dtype)[offset.long()].movedim(-1, 0)
     if "q_table" in tensors:
-        offset = cells(problem)[:, None] - cells(problem)[None] + EXTENT // 2
-        tables: Any = [
-            sum(tensors[n].to(q.dtype)[offset[..., a].long(), a] for a in range(3))
-            for n in ("q_table", "k_table", "v_table")
-        ]
+        tables: Any = [looked_up(problem, tensors[n].to(q.dtype)) for n in ("q_table", "k_table", "v_table")]
         s = (
             s
             + scale * torch.einsum("nhd,nmhd->hnm", q, tables[0])

@@ -21,8 +21,8 @@ class Problem:
     edge_k, edge_v: pads have a key, a value. extra: extra keys. padding: "" none, "bool", "float", "window"
     (whole windows ignored), "sample" (one sample has no key). mask: "" none, "windows" [W, Nq, Nk], "samples"
     [B * W, 1, Nq, Nk], "heads" [B * W, h, Nq, Nk] with -inf. layout: "contiguous", "packed" (views of one qkv
-    tensor), "transposed" (heads before the grid), "crop" (views into
-    a buffer of NaN), "qkvpacked" (the packed function).
+    tensor), "transposed" (heads before the grid), "crop" (views into a buffer of NaN), "qkvpacked" (the
+    packed function).
     """
 
     name: str

@@ -47,8 +47,8 @@ struct Partials {
 };
 
 template <class S, class T>
-struct Backward : Block<S, T> {
-  using Base = Block<S, T>;
+struct Backward : Block<S, T, kBlockQueries> {
+  using Base = Block<S, T, kBlockQueries>;
   using Base::a, Base::D, Base::Dv, Base::Dp, Base::Dvp, Base::kN, Base::now, Base::n, Base::q0, Base::s,
       Base::column, Base::here, Base::k, Base::v, Base::q, Base::q_rows, Base::vectors;
   static constexpr bool kSame = std::is_same_v<S, T>;
@@ -94,8 +94,7 @@ struct Backward : Block<S, T> {
       if (dbias) flush_bias(h0, h1, bias_partial);
       this->expand_bias(h0, h1);
     }
-    const int32_t blocks = (now->nq + kBlockQueries - 1) / kBlockQueries;
-    const int32_t size = round_up((now->nq + blocks - 1) / blocks, kN);
+    const int32_t blocks = this->blocks(), strips = (this->block_size(0) + 11) / 12;
     for (int32_t h = h0; h < h1; ++h) {
       this->open(h);
       if (!pairs) this->pack_keys(h);
@@ -103,10 +102,10 @@ struct Backward : Block<S, T> {
         if (pairs) interleave_rows(here->k, now->nk, D, Dp, k);
       }
       find_key_factors(h);
-      this->look_ahead(h, h0, h1, blocks * (4 * ((now->nk + 7) / 8) + (size + 11) / 12));
+      this->look_ahead(h, h0, h1, blocks * (4 * ((now->nk + 7) / 8) + strips));
       bool keys_done = false;
-      for (int32_t begin = 0; begin < now->nq; begin += size) {
-        this->set_block(begin, now->nq - begin < size ? now->nq - begin : size);
+      for (int32_t begin = 0; begin < now->nq; begin += n) {
+        this->set_block(begin, this->block_size(begin));
         keys_done = block(h);
       }
       if (!keys_done) write_keys(h);

@@ -5,6 +5,7 @@
 // 49 that count. kBand neighbours of the last axis are at work together and share the rows of others that
 // they weigh. No mask, no pads, no q_scale or k_scale: neighborhoods have none.
 #pragma once
+#include "addresses.h"
 #include "dots.h"
 #include "schedule.h"
 #include "weights.h"
@@ -141,22 +142,31 @@ struct Ranges {
   static void clear(T* to, int64_t n) {
     for (int64_t i = 0; i < n; i += kN) store(to + i, Vec<T>{});
   }
+  // Packs row i of n, at t's token tokens[i]. Rows lie apart, so each is asked for some rows before its turn.
+  template <class Pack>
+  void pack_rows(const Rows& t, int32_t h, const int32_t* tokens, int32_t n, int32_t d,
+                 const Pack& pack) const {
+    constexpr int32_t kEarly = 16;
+    const S* base = row_of<S>(t, b, 0, h);
+    for (int32_t i = 0; i < n; ++i) {
+      if (i + kEarly < n) prefetch_row<0>(base + tokens[i + kEarly] * t.stride_n, d);
+      pack(i, base + tokens[i] * t.stride_n);
+    }
+  }
   // Rows of t for the tokens; those of excluded keys are 0.
   [[gnu::noinline]] void pack_keys(const Rows& t, int32_t h, const int32_t* tokens, int32_t n, int32_t d,
                                    int32_t padded, T* to) const {
-    for (int32_t i = 0; i < n; ++i, to += padded) {
-      if (excluded(tokens[i])) {
-        clear(to, padded);
-      } else {
-        pack_row(row_of<S>(t, b, tokens[i], h), d, padded, T(1), to);
-      }
-    }
+    pack_rows(t, h, tokens, n, d, [&](int32_t i, const S* from) {
+      T* row = to + int64_t(i) * padded;
+      excluded(tokens[i]) ? clear(row, padded) : pack_row(from, d, padded, T(1), row);
+    });
   }
   // factors: per token; or null.
   [[gnu::noinline]] void pack_queries(const Rows& t, int32_t h, const int32_t* tokens, int32_t n, int32_t d,
                                       int32_t padded, T factor, const T* factors, T* to) const {
-    for (int32_t i = 0; i < n; ++i, to += padded)
-      pack_row(row_of<S>(t, b, tokens[i], h), d, padded, factors ? factor * factors[i] : factor, to);
+    pack_rows(t, h, tokens, n, d, [&](int32_t i, const S* from) {
+      pack_row(from, d, padded, factors ? factor * factors[i] : factor, to + int64_t(i) * padded);
+    });
   }
   void pack_extras(int32_t kv_head) const {
     for (int32_t e = 0; e < extras; ++e) {
@@ -166,7 +176,8 @@ struct Ranges {
   }
 
   template <int kWrite>
-  static void prefetch(const Rows& t, int64_t batch, int64_t token, int32_t h, int32_t d) {
+  [[gnu::always_inline]] static void prefetch(const Rows& t, int64_t batch, int64_t token, int32_t h,
+                                              int32_t d) {
     if (!t.data) return;
     const uintptr_t begin = reinterpret_cast<uintptr_t>(row_of<S>(t, batch, token, h)),
                     end = begin + sizeof(S) * static_cast<uint32_t>(d);

@@ -1,6 +1,6 @@
 // What the forward and the backward pass share: keys and queries, packed or in place, and a block of scores.
 //
-// A block holds the scores of all keys of a row against up to kBlockQueries queries as S[key][query], so that
+// A block holds the scores of all keys of a row against up to kMost queries as S[key][query], so that
 // the lanes of a vector are queries and the softmax needs no horizontal step. 1-3 queries that would fill a
 // vector badly (49 = 3 * 16 + 1) are "tails": their scores come from dot products with lanes = head
 // dimension.
@@ -11,13 +11,19 @@
 
 namespace vicinal::VICINAL_ISA {
 
-// kBlockQueries queries at a time: their scores against 256 keys fit the second-level cache.
+// Queries of a block at most: their scores against 256 keys fit the second-level cache. Forward, with 32 KB
+// of first-level cache, half as many: scores, bias, Q^T, keys and values of 7 x 7 windows stay there.
 constexpr int kBlockQueries = 64;
+#if defined(__AVX512F__)
+constexpr int kForwardQueries = 64;
+#else
+constexpr int kForwardQueries = 32;
+#endif
 
 template <class T>
 constexpr int kMostTails = kLanes<T> / 5;
 
-template <class S, class T>
+template <class S, class T, int kMost>
 struct Block {
   static constexpr int kN = kLanes<T>;
 
@@ -32,9 +38,9 @@ struct Block {
   const S* zeros;
   T *k, *v;                                // packed keys [k_most][Dp] (times k_scale), values [k_most][Dvp]
   const T *const *k_rows, *const *v_rows;  // or null: in place, instead of packed
-  T* q;                                    // Q^T [D][kBlockQueries], times scale
-  T* q_rows;  // the same queries as rows [kBlockQueries][Dp]; only the tails' unless all rows are wanted
-  T* s;       // scores [k_most][kBlockQueries]
+  T* q;                                    // Q^T [D][kMost], times scale
+  T* q_rows;  // the same queries as rows [kMost][Dp]; only the tails' unless all rows are wanted
+  T* s;       // scores [k_most][kMost]
   T* mask;    // mask of a block, laid out like s
   T* column;  // k_most elements
   T* bias;    // expanded bias [group heads][k_most][q_most]
@@ -71,9 +77,9 @@ struct Block {
     const int32_t widest = D > Dv ? D : Dv;
     zeros = arena.take<S>(widest);
     k = arena.take<T>(k_most * Dp), v = arena.take<T>(k_most * Dvp);
-    q = arena.take<T>(int64_t(D) * kBlockQueries), q_rows = arena.take<T>(int64_t(kBlockQueries) * Dp);
-    s = arena.take<T>(k_most * kBlockQueries), column = arena.take<T>(k_most);
-    mask = a.mask ? arena.take<T>(k_most * kBlockQueries) : nullptr;
+    q = arena.take<T>(int64_t(D) * kMost), q_rows = arena.take<T>(int64_t(kMost) * Dp);
+    s = arena.take<T>(k_most * kMost), column = arena.take<T>(k_most);
+    mask = a.mask ? arena.take<T>(k_most * kMost) : nullptr;
     bias = a.bias ? arena.take<T>(bias_stride() * group_heads) : nullptr;
     bias_q_code = arena.take<int32_t>(q_most), bias_k_code = arena.take<int32_t>(k_most);
     bias_heads_begin = bias_heads_end = -1;
@@ -195,7 +201,21 @@ struct Block {
     for (int32_t j = 0; !v_rows && j < now->nk; ++j) pack_row(here->v[j], Dv, T(1), v + int64_t(j) * Dvp);
   }
 
-  // Queries from `begin` on, a block of at most kBlockQueries.
+  // The row's queries are cut into this many blocks, as even as whole vectors allow.
+  int32_t blocks() const {
+    const int32_t most = row_tails() ? kMost - kN : kMost;
+    return (now->nq - row_tails() + most - 1) / most;
+  }
+  // Queries of the block that begins at `begin`: the last one takes the row's tails.
+  int32_t block_size(int32_t begin) const {
+    const int32_t whole = now->nq - row_tails(), n = blocks(), size = round_up((whole + n - 1) / n, kN);
+    return begin + size < whole ? size : now->nq - begin;
+  }
+  int32_t row_tails() const {
+    const int32_t rest = now->nq % kN;
+    return now->nq > kN && rest <= kMostTails<T> ? rest : 0;
+  }
+  // Queries from `begin` on, a block of at most kMost.
   void set_block(int32_t begin, int32_t count) {
     q0 = begin, n = count;
     const int32_t rest = n % kN;
@@ -204,7 +224,7 @@ struct Block {
   }
   int32_t column_of_tail(int32_t t) const { return vectors * kN + t; }
 
-  // The rows `source` [n][d] of the block -> columns [d][kBlockQueries], and rows [n][dp]: those of the
+  // The rows `source` [n][d] of the block -> columns [d][kMost], and rows [n][dp]: those of the
   // tails, or all of them. Row i is multiplied by factor_i = factor * (scales ? scales[token * stride] : 1),
   // its columns by column_factor too.
   [[gnu::noinline]] void pack_queries(const S* const* source, int32_t d, int32_t dp, T factor,
@@ -232,7 +252,7 @@ struct Block {
         transpose<T>(r);
 #pragma GCC unroll 16
         for (int32_t u = 0; u < kN; ++u) {
-          if (u < wide) store(columns + int64_t(d0 + u) * kBlockQueries + i0, r[u]);
+          if (u < wide) store(columns + int64_t(d0 + u) * kMost + i0, r[u]);
         }
       }
     }
@@ -246,7 +266,7 @@ struct Block {
   const T* q_scales(int32_t h) const {
     return a.q_scale ? static_cast<const T*>(a.q_scale) + now->b * a.n_q * a.scale_stride_n + h : nullptr;
   }
-  // out[j * kBlockQueries] = factor * (row j . x) for the keys j: a column of a block. Rows of d elements: in
+  // out[j * kMost] = factor * (row j . x) for the keys j: a column of a block. Rows of d elements: in
   // place, or else packed in mat.
   [[gnu::noinline]] void dots(const T* const* rows, const T* mat, int32_t d, const T* x, T factor,
                               T* out) const {
@@ -262,19 +282,18 @@ struct Block {
         if (at < d) r[u] += load_part<T>(row + at, d - at) * load(x + at);
       }
       const Vec<T> sums = sum_each<T>(r) * factor;
-      for (int32_t u = 0; u < kN && j0 + u < now->nk; ++u) out[int64_t(j0 + u) * kBlockQueries] = sums[u];
+      for (int32_t u = 0; u < kN && j0 + u < now->nk; ++u) out[int64_t(j0 + u) * kMost] = sums[u];
     }
   }
 
   // S of the block, complete with every term: after pack_queries into q and q_rows.
   void scores(int32_t h, T tail_factor) {
     const T* init = bias ? bias_of(h) + q0 : nullptr;
-    gemm_rows(Gemm<T>{k, Dp, q, kBlockQueries, init, q_most, s, kBlockQueries, &ahead, k_rows}, now->nk, D,
-              vectors);
+    gemm_rows(Gemm<T>{k, Dp, q, kMost, init, q_most, s, kMost, &ahead, k_rows}, now->nk, D, vectors);
     for (int32_t u = 0; u < tails; ++u) {
       const int32_t c = column_of_tail(u);
       dots(k_rows, k, D, q_rows + int64_t(c) * Dp, tail_factor, s + c);
-      for (int32_t j = 0; init && j < now->nk; ++j) s[int64_t(j) * kBlockQueries + c] += init[j * q_most + c];
+      for (int32_t j = 0; init && j < now->nk; ++j) s[int64_t(j) * kMost + c] += init[j * q_most + c];
     }
     if (now->regions || now->key_terms || a.mask) add_terms(h);
   }
@@ -283,14 +302,14 @@ struct Block {
     const T across = a.activation == kSoftmax ? T(a.mask_value) * unit : -T(__builtin_inf());
     const int32_t wide = (vectors + (tails > 0)) * kN;
     if (mask) pack_mask(h, wide);
-    T region[kBlockQueries];
+    T region[kMost];
     for (int32_t c = 0; c < wide; ++c) region[c] = c < n ? now->q_region[q0 + c] : T(0);
     for (int32_t j = 0; j < now->nk; ++j) {
-      T* row = s + int64_t(j) * kBlockQueries;
+      T* row = s + int64_t(j) * kMost;
       const bool in_box = j < now->box, masked = mask && in_box, crossing = now->regions && in_box;
       for (int32_t c = 0; c < wide; c += kN) {
         Vec<T> x = load(row + c) + now->k_term[j];
-        if (masked) x += load(mask + int64_t(j) * kBlockQueries + c);
+        if (masked) x += load(mask + int64_t(j) * kMost + c);
         if (crossing) x += load(region + c) != splat(now->k_region[j]) ? splat(across) : Vec<T>{};
         store(row + c, x);
       }
@@ -300,7 +319,7 @@ struct Block {
     const int64_t w = (now->b * a.plan.n_rows + now->row) % a.mask_count;
     const T* from = static_cast<const T*>(a.mask) + w * a.mask_stride_w + h * a.mask_stride_h;
     for (int32_t j = 0; j < now->box; ++j) {
-      T* to = mask + int64_t(j) * kBlockQueries;
+      T* to = mask + int64_t(j) * kMost;
       for (int32_t c = 0; c < wide; ++c)
         to[c] = c < n ? from[int64_t(q0 + c) * a.plan.k_slots + j] * unit : T(0);
     }
@@ -320,7 +339,7 @@ struct Block {
       for (int32_t c = 0; c < n; ++c) {
         const Philox4 w = dropout_words(seed, static_cast<uint32_t>(first / 4), now->q_token[q0 + c], bh);
         for (int32_t u = 0; u < together && j + u < now->nk; ++u)
-          x[int64_t(j + u) * kBlockQueries + c] *= w.x[first % 4 + u] >= limit ? kept : T(0);
+          x[int64_t(j + u) * kMost + c] *= w.x[first % 4 + u] >= limit ? kept : T(0);
       }
     }
   }

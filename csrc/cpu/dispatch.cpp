@@ -7,6 +7,8 @@
 #include <string>
 
 #include "attend.h"
+#include "context.h"
+#include "edge.h"
 #include "hash.h"
 #include "huge_pages.h"
 #include "joint.h"
@@ -18,6 +20,8 @@
   namespace vicinal::isa {                            \
   void attend_fwd(const AttendFwd& p, int threads);   \
   void attend_bwd(const AttendBwd& p, int threads);   \
+  void context_fwd(const ContextFwd& p, int threads); \
+  void context_bwd(const ContextBwd& p, int threads); \
   void linear_fwd(const LinearFwd& p, int threads);   \
   void linear_bwd(const LinearBwd& p, int threads);   \
   void linear_step(const LinearStep& p, int threads); \
@@ -25,6 +29,8 @@
   void joint_bwd(const JointBwd& p, int threads);     \
   void hash_fwd(const HashFwd& p, int threads);       \
   void hash_bwd(const HashBwd& p, int threads);       \
+  void edge_fwd(const EdgeFwd& p, int threads);       \
+  void edge_bwd(const EdgeBwd& p, int threads);       \
   double fma_probe(double seconds, int threads);      \
   }
 VICINAL_FOR_EACH_ISA(DECLARE)
@@ -38,6 +44,8 @@ struct Entry {
   const char* name;
   void (*attend_fwd)(const AttendFwd&, int);
   void (*attend_bwd)(const AttendBwd&, int);
+  void (*context_fwd)(const ContextFwd&, int);
+  void (*context_bwd)(const ContextBwd&, int);
   void (*linear_fwd)(const LinearFwd&, int);
   void (*linear_bwd)(const LinearBwd&, int);
   void (*linear_step)(const LinearStep&, int);
@@ -45,12 +53,27 @@ struct Entry {
   void (*joint_bwd)(const JointBwd&, int);
   void (*hash_fwd)(const HashFwd&, int);
   void (*hash_bwd)(const HashBwd&, int);
+  void (*edge_fwd)(const EdgeFwd&, int);
+  void (*edge_bwd)(const EdgeBwd&, int);
   double (*fma_probe)(double, int);
 };
 
-#define ENTRY(isa)                                                                                       \
-  {#isa,           isa::attend_fwd, isa::attend_bwd, isa::linear_fwd, isa::linear_bwd, isa::linear_step, \
-   isa::joint_fwd, isa::joint_bwd,  isa::hash_fwd,   isa::hash_bwd,   isa::fma_probe},
+#define ENTRY(isa)   \
+  {#isa,             \
+   isa::attend_fwd,  \
+   isa::attend_bwd,  \
+   isa::context_fwd, \
+   isa::context_bwd, \
+   isa::linear_fwd,  \
+   isa::linear_bwd,  \
+   isa::linear_step, \
+   isa::joint_fwd,   \
+   isa::joint_bwd,   \
+   isa::hash_fwd,    \
+   isa::hash_bwd,    \
+   isa::edge_fwd,    \
+   isa::edge_bwd,    \
+   isa::fma_probe},
 constexpr Entry kEntries[] = {VICINAL_FOR_EACH_ISA(ENTRY)};
 #undef ENTRY
 
@@ -147,6 +170,8 @@ void attend_bwd(const AttendBwd& p, int threads) {
   current().attend_bwd(p, threads);
 }
 
+void context_fwd(const ContextFwd& p, int threads) { current().context_fwd(p, threads); }
+void context_bwd(const ContextBwd& p, int threads) { current().context_bwd(p, threads); }
 void linear_fwd(const LinearFwd& p, int threads) { current().linear_fwd(p, threads); }
 void linear_bwd(const LinearBwd& p, int threads) { current().linear_bwd(p, threads); }
 void linear_step(const LinearStep& p, int threads) { current().linear_step(p, threads); }
@@ -154,6 +179,27 @@ void joint_fwd(const JointFwd& p, int threads) { current().joint_fwd(p, threads)
 void joint_bwd(const JointBwd& p, int threads) { current().joint_bwd(p, threads); }
 void hash_fwd(const HashFwd& p, int threads) { current().hash_fwd(p, threads); }
 void hash_bwd(const HashBwd& p, int threads) { current().hash_bwd(p, threads); }
+
+void edge_fwd(const EdgeFwd& p, int threads) {
+  const Edge& a = p.a;
+  const int64_t size = bytes_of(a.dtype);
+  advise_huge(Span::of(p.out, 1, a.graph.n_dst, a.heads, a.dim_v, size));
+  advise_huge(Span::of(p.edge, 1, a.edges, a.heads, a.dim, size));
+  current().edge_fwd(p, threads);
+}
+
+void edge_bwd(const EdgeBwd& p, int threads) {
+  const Edge& a = p.a;
+  const int64_t size = bytes_of(a.dtype);
+  advise_huge(Span::of(p.dq, 1, a.graph.n_dst, a.heads, a.dim, size));
+  advise_huge(Span::of(p.dk, 1, a.graph.n_src, a.heads, a.dim, size));
+  advise_huge(Span::of(p.dv, 1, a.graph.n_src, a.heads, a.dim_v, size));
+  for (const Rows& t : {p.dedge_k, p.dedge_mul}) advise_huge(Span::of(t, 1, a.edges, a.heads, a.dim, size));
+  for (const Rows& t : {p.dedge_v, p.dedge_gate})
+    advise_huge(Span::of(t, 1, a.edges, a.heads, a.dim_v, size));
+  current().edge_bwd(p, threads);
+}
+
 double fma_probe(double seconds, int threads) { return current().fma_probe(seconds, threads); }
 
 }  // namespace vicinal::cpu

@@ -34,6 +34,12 @@ inline Vec<T> blend(Vec<T> a, Vec<T> b) {
   } else {
     return _mm512_mask_blend_pd(static_cast<__mmask8>(mask), a, b);
   }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return _mm256_blend_ps(a, b, kUnit == 1 ? 0xaa : kUnit == 2 ? 0xcc : 0xf0);
+  } else {
+    return _mm256_blend_pd(a, b, kUnit == 1 ? 0xa : 0xc);
+  }
 #else
   return shuffle<T, TakeTurns<T, kUnit>>(a, b);
 #endif
@@ -146,6 +152,13 @@ void dots(int vectors, const T* x, const T* rows, const int32_t* at, int32_t cou
   }
 }
 
+// Vectors of a row that are weighed at once, so that four accumulators of each fit the registers.
+#if defined(__AVX512F__)
+constexpr int kWeighed = 4;
+#else
+constexpr int kWeighed = 2;
+#endif
+
 // out += the sum over i < count of w[i] * rows[at[i]].
 template <class T, int kVectors>
 void weigh_of(const T* w, const T* rows, const int32_t* at, int32_t count, T* out) {
@@ -167,7 +180,7 @@ void weigh_of(const T* w, const T* rows, const int32_t* at, int32_t count, T* ou
   for (int v = 0; v < kVectors; ++v)
     store(out + v * n, load(out + v * n) + ((acc[0][v] + acc[1][v]) + (acc[2][v] + acc[3][v])));
 }
-template <class T, int kVectors = 4>
+template <class T, int kVectors = kWeighed>
 void weigh_upto(int vectors, const T* w, const T* rows, const int32_t* at, int32_t count, T* out) {
   if constexpr (kVectors > 1) {
     if (vectors < kVectors) return weigh_upto<T, kVectors - 1>(vectors, w, rows, at, count, out);
@@ -176,8 +189,9 @@ void weigh_upto(int vectors, const T* w, const T* rows, const int32_t* at, int32
 }
 template <class T>
 void weigh(int vectors, const T* w, const T* rows, const int32_t* at, int32_t count, T* out) {
-  for (; vectors > 0; vectors -= 4, rows += 4 * kLanes<T>, out += 4 * kLanes<T>)
-    weigh_upto<T>(vectors < 4 ? vectors : 4, w, rows, at, count, out);
+  constexpr int step = kWeighed * kLanes<T>;
+  for (; vectors > 0; vectors -= kWeighed, rows += step, out += step)
+    weigh_upto<T>(vectors < kWeighed ? vectors : kWeighed, w, rows, at, count, out);
 }
 
 constexpr int kBand = 4;
@@ -234,7 +248,7 @@ void weigh_band_of(const Band<T>& g, const T* weights, int64_t w_stride, T* out,
     for (int v = 0; v < kVectors; ++v) store(out + u * out_stride + v * n, acc[u][v]);
   }
 }
-template <class T, int kStep, int kVectors = 4>
+template <class T, int kStep, int kVectors = kWeighed>
 void weigh_band_upto(int vectors, const Band<T>& g, const T* w, int64_t w_stride, T* out,
                      int64_t out_stride) {
   if constexpr (kVectors > 1) {
@@ -247,8 +261,9 @@ void weigh_band_upto(int vectors, const Band<T>& g, const T* w, int64_t w_stride
 // step: 0, or 1 where width is at least kBand - 1.
 template <class T>
 void weigh_band(int vectors, int step, Band<T> g, const T* w, int64_t w_stride, T* out, int64_t out_stride) {
-  for (; vectors > 0; vectors -= 4, g.rows += 4 * kLanes<T>, out += 4 * kLanes<T>) {
-    const int some = vectors < 4 ? vectors : 4;
+  constexpr int wide = kWeighed * kLanes<T>;
+  for (; vectors > 0; vectors -= kWeighed, g.rows += wide, out += wide) {
+    const int some = vectors < kWeighed ? vectors : kWeighed;
     step ? weigh_band_upto<T, 1>(some, g, w, w_stride, out, out_stride)
          : weigh_band_upto<T, 0>(some, g, w, w_stride, out, out_stride);
   }

@@ -71,6 +71,10 @@ template <class V>
 inline V maximum(V a, V b) {
   return a > b ? a : b;
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)  // one instruction, where GCC makes two of the comparison
+inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a, b); }
+#endif
 
 template <class T>
 constexpr int round_up(T n, int to) {
@@ -110,13 +114,12 @@ inline Vec<double> exp2(Vec<double> x) {
 template <class V, class T = std::conditional_t<sizeof(V{}[0]) == 4, float, double>>
 inline V exp2(V x) {
   constexpr T magic = sizeof(T) == 4 ? T(0x1.8p23) : T(0x1.8p52);  // adding it rounds to an integer
-  constexpr T low = sizeof(T) == 4 ? T(-126) : T(-1022);
+  constexpr T low = sizeof(T) == 4 ? T(-126.75) : T(-1023);        // rounds to an exponent whose power is 0
+  constexpr T down = sizeof(T) == 4 ? T(0.5) : T(0);               // floor for float, nearest for double
+  constexpr uint64_t bias = sizeof(T) == 4 ? 127 : 1023;
   const V y = maximum(splat(low), x);
-  constexpr T down = sizeof(T) == 4 ? T(0.5) : T(0);  // floor for float, nearest for double
   const V shifted = (y - down) + magic, f = y - (shifted - magic);
-  const Bits<T> bits = (Bits<T>)exp2_fraction(f) + ((Bits<T>)shifted << VectorOf<T>::kMantissa);
-  const V value = x < low ? V{} : (V)bits;  // below the normal numbers: 0
-  return x == x ? value : x;
+  return exp2_fraction(f) * (V)(((Bits<T>)shifted + bias) << VectorOf<T>::kMantissa);
 }
 #endif
 

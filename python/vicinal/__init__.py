@@ -5,6 +5,8 @@ from vicinal._backends import Explanation, explain
 from vicinal._version import __version__
 from vicinal.delta import delta_rule_attention, delta_rule_step
 from vicinal.drop_in import accelerate, restore
+from vicinal.edge import Graph, edge_attention
+from vicinal.edge_lists import gather_attention, segment_softmax, topk_attention, vector_attention
 from vicinal.hash import hash_attention
 from vicinal.joint import joint_attention
 from vicinal.linear import (
@@ -34,6 +36,7 @@ __all__ = [
     "ContextTable",
     "Explanation",
     "FeatureMap",
+    "Graph",
     "KeyBias",
     "LinearState",
     "Neighborhood",
@@ -48,9 +51,11 @@ __all__ = [
     "accelerate",
     "delta_rule_attention",
     "delta_rule_step",
+    "edge_attention",
     "ema_scan",
     "explain",
     "favor_projection",
+    "gather_attention",
     "hash_attention",
     "joint_attention",
     "lightning_decay",
@@ -63,9 +68,12 @@ __all__ = [
     "nn",
     "restore",
     "retnet_decay",
+    "segment_softmax",
     "segments",
     "sliding_window_decode",
+    "topk_attention",
     "transformer_xl",
+    "vector_attention",
     "voxel_attention",
     "windowed_attention",
     "windowed_attention_qkvpacked",

@@ -14,8 +14,11 @@ from . import _backends
 Key = tuple[str, str, torch.dtype, int, int, tuple[str, ...], int | None]
 
 
-def problem_key(family: str, q: Tensor, v: Tensor, features: Collection[str], more: int = 0) -> Key:
-    """What decides the backend: head dims are the last ones of q and v. more: channels that q and k get."""
+def problem_key(
+    family: str, q: Tensor, v: Tensor, features: Collection[str], more: int = 0, more_v: int = 0
+) -> Key:
+    """What decides the backend: head dims are the last ones of q and v, and the channels that q and k, and v,
+    get."""
     arch = None
     if q.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(q.device)
@@ -25,7 +28,7 @@ def problem_key(family: str, q: Tensor, v: Tensor, features: Collection[str], mo
         q.device.type,
         q.dtype,
         index(q.shape[-1]) + more,
-        index(v.shape[-1]),
+        index(v.shape[-1]) + more_v,
         tuple(features),
         arch,
     )

@@ -17,6 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LIBRARY = torch.library.Library("vicinal", "DEF")
+# (family and direction, backend) -> what the op runs, for calls that nothing else would see
+IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., tuple[Tensor, ...]]] = {}
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Family:
 
 def empty_gradient(like: Tensor) -> Tensor:
     """Stands for "no gradient" in the fixed arity of a backward op."""
-    return like.new_empty(0)
+    return torch.empty(0, dtype=like.dtype, device=like.device)
 
 
 def define(
@@ -84,10 +87,30 @@ def define(
     )
     for op, schema, implementation, fake in directions:
         name = f"{op}.{backend}"
+        IMPLEMENTATIONS[op, backend] = implementation
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, implementation, "CPU")
         LIBRARY.impl(name, implementation, "CUDA")
         torch.library.register_fake(f"vicinal::{name}", fake, lib=LIBRARY)
+
+
+def unobserved(tensors: Sequence[Any]) -> bool:
+    """Whether an op of these tensors would do no more than run its implementation: nothing traces,
+    transforms, intercepts or profiles it, and they are ordinary tensors on the CPU. Dispatch takes longer
+    than the kernel of a small window."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in PLAIN or not t.is_cpu or t.is_neg() or t._is_zerotensor()):
+            return False
+    return True
 
 
 class OnceDifferentiable(torch.autograd.Function):
@@ -110,6 +133,15 @@ class OnceDifferentiable(torch.autograd.Function):
         )
 
 
+def _distinct(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """A view of each tensor that was there before: Dynamo refuses one tensor as two inputs."""
+    found: list[Any] = []
+    for t in tensors:
+        again = t is not None and any(t is other for other in found)
+        found.append(t.view_as(t) if again else t)
+    return tuple(found)
+
+
 def autograd_function(
     family: Family, finish: Callable[..., list[Tensor | None]]
 ) -> Callable[..., tuple[Tensor, ...]]:
@@ -123,11 +155,14 @@ def autograd_function(
     places = [family.outputs.index(name) for name in family.saved]
     n_saved = len(places)
 
+    forward, backward = f"{family.name}_fwd", f"{family.name}_bwd"
+
     def run(
         backend: str, packed: bool, options: tuple[Any, ...], tensors: Sequence[Any]
     ) -> tuple[Tensor, ...]:
+        call = IMPLEMENTATIONS[forward, backend] if unobserved(tensors) else getattr(fwd, backend)
         split = (*tensors[0].unbind(-3), *tensors[3:]) if packed else tensors
-        outputs = getattr(fwd, backend)(*split, *options)
+        outputs: Any = call(*split, *options)
         return (outputs,) if len(family.outputs) == 1 else outputs
 
     def save(ctx: Any, settings: tuple[Any, ...], tensors: Sequence[Any], outputs: Sequence[Tensor]) -> None:
@@ -141,7 +176,9 @@ def autograd_function(
         split = (*tensors[0].unbind(-3), *tensors[3:]) if ctx.packed else tensors
         if grads[0] is None and 0 in places:
             grads = (torch.zeros_like(outputs[0]), *grads[1:])
-        raw = getattr(bwd, ctx.backend)(*grads, *outputs, *split, *ctx.options, ctx.packed)
+        direct = unobserved(saved) and unobserved(grads)
+        call = IMPLEMENTATIONS[backward, ctx.backend] if direct else getattr(bwd, ctx.backend)
+        raw = call(*grads, *outputs, *split, *ctx.options, ctx.packed)
         found = [None if g.dim() == 1 and g.numel() == 0 else g for g in raw]
         return (None, None, None, *finish(found, split, ctx.packed))
 
@@ -203,6 +240,8 @@ def autograd_function(
             return Transformable.apply(backend, packed, options, *tensors)
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
             return run(backend, packed, options, tensors)
+        if torch.compiler.is_compiling():
+            tensors = _distinct(tensors)
         return Differentiable.apply(backend, packed, options, *tensors)
 
     return apply

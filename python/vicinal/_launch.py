@@ -22,7 +22,7 @@ _NO_ROWS = (0, 0, 0, 0)
 _NO_PLAN = (0, 0, 0, 0, 0, 0)
 
 
-def _rows(x: Tensor | None) -> tuple[int, int, int, int]:
+def row_arguments(x: Tensor | None) -> tuple[int, int, int, int]:
     """(pointer, batch stride, token stride, head stride) of [B, N, H, D]."""
     if x is None:
         return _NO_ROWS
@@ -30,11 +30,11 @@ def _rows(x: Tensor | None) -> tuple[int, int, int, int]:
     return x.data_ptr(), stride_b, stride_n, stride_h
 
 
-def _pointer(x: Tensor | None) -> int:
+def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _plan(plan: Plan | None) -> tuple[int, ...]:
+def plan_arguments(plan: Plan | None) -> tuple[int, ...]:
     if plan is None:
         return _NO_PLAN
     sizes = (plan.n_rows, plan.q_slots, plan.k_slots, plan.guard)
@@ -53,28 +53,33 @@ def _problem_arguments(call: AttendCall) -> tuple[int | float, ...]:
     return (
         *(DTYPE_CODES[q.dtype], ACTIVATION_CODES[call.activation]),
         *(batch, heads, v.shape[2], dim, v.shape[-1], n_q, v.shape[1]),
-        *(*_rows(q), *_rows(call.k), *_rows(v)),
-        *_plan(plan),
-        *(call.scale, call.mask_value, _pointer(call.bias), bias_size),
-        *(_pointer(call.q_scale), _pointer(call.k_scale), scale_stride, _pointer(call.key_bias), *masks),
-        *(*_rows(extra), *_rows(call.extra_v), 0 if extra is None else extra.shape[1], call.edge_row),
-        *(call.dropout_p, _pointer(call.seed), call.head_offset, call.head_total),
+        *(*row_arguments(q), *row_arguments(call.k), *row_arguments(v)),
+        *plan_arguments(plan),
+        *(call.scale, call.mask_value, pointer(call.bias), bias_size),
+        *(pointer(call.q_scale), pointer(call.k_scale), scale_stride, pointer(call.key_bias), *masks),
+        *(
+            *row_arguments(extra),
+            *row_arguments(call.extra_v),
+            0 if extra is None else extra.shape[1],
+            call.edge_row,
+        ),
+        *(call.dropout_p, pointer(call.seed), call.head_offset, call.head_total),
         int(call.drop_by_token),
     )
 
 
 def _forward_arguments(call: AttendCall) -> tuple[int | float, ...]:
-    return (*_problem_arguments(call), *_rows(call.out), call.lse.data_ptr(), call.lse.stride(1))
+    return (*_problem_arguments(call), *row_arguments(call.out), call.lse.data_ptr(), call.lse.stride(1))
 
 
 def _backward_arguments(call: AttendCall, grads: AttendGrads) -> tuple[int | float, ...]:
     return (
         *_problem_arguments(call),
-        *(*_rows(call.out), *_rows(grads.dout)),
-        *(call.lse.data_ptr(), _pointer(grads.dlse), call.lse.stride(1)),
-        *(*_rows(grads.dq), *_rows(grads.dk), *_rows(grads.dv)),
-        *(_pointer(grads.dbias), *_rows(grads.dextra_k), *_rows(grads.dextra_v)),
-        *_plan(call.plan.key_plan),
+        *(*row_arguments(call.out), *row_arguments(grads.dout)),
+        *(call.lse.data_ptr(), pointer(grads.dlse), call.lse.stride(1)),
+        *(*row_arguments(grads.dq), *row_arguments(grads.dk), *row_arguments(grads.dv)),
+        *(pointer(grads.dbias), *row_arguments(grads.dextra_k), *row_arguments(grads.dextra_v)),
+        *plan_arguments(call.plan.key_plan),
     )
 
 
@@ -108,9 +113,9 @@ def _cpu_repeat_backward(call: AttendCall, grads: AttendGrads) -> Callable[..., 
         dk, dv = (
             (dq + dk_offset, dq + dv_offset) if packed else (results[1].data_ptr(), results[2].data_ptr())
         )
-        inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(bias), out.data_ptr(), lse.data_ptr())
+        inputs = (q.data_ptr(), k.data_ptr(), v.data_ptr(), pointer(bias), out.data_ptr(), lse.data_ptr())
         dbias = results[3].data_ptr() if has_bias else 0
-        again(remembered, *inputs, dout.data_ptr(), _pointer(dlse), dq, dk, dv, dbias, threads())
+        again(remembered, *inputs, dout.data_ptr(), pointer(dlse), dq, dk, dv, dbias, threads())
 
     return launch
 

@@ -119,21 +119,23 @@ def favor(
     ends: Tensor | None,
 ) -> Tensor:
     x = x * x.shape[-1] ** -0.25
-    t = x @ projection.t()
-    logits = t - x.square().sum(-1, keepdim=True) / 2
+    t = x @ projection.t()  # [B, N, H, m], much larger than x: what follows writes it in place
+    shift = x.square().sum(-1, keepdim=True) / 2
     if not keys:
-        logits = logits - t.detach().amax(-1, keepdim=True)
-    elif streaming:
-        logits = logits.clamp(max=MOST_EXPONENT)
-    elif x.shape[1]:
+        shift = shift + t.detach().amax(-1, keepdim=True)
+    elif not streaming and x.shape[1]:
         seen = t.detach()
         if ignored is not None:
             seen = seen.masked_fill(ignored[..., None, None], -torch.inf)
         most = seen.amax((1, 3), keepdim=True) if ends is None else _highest_of_sequence(seen, ends)
-        logits = logits - most.masked_fill(most == -torch.inf, 0)
-        if ignored is not None:
-            logits = logits.masked_fill(ignored[..., None, None], 0)
-    return projection.shape[0] ** -0.5 * (logits.exp() + 1e-4)
+        shift = shift + most.masked_fill(most == -torch.inf, 0)
+    logits = t.sub_(shift)
+    if keys and streaming:
+        logits = logits.clamp(max=MOST_EXPONENT)
+    elif keys and ignored is not None:
+        logits = logits.masked_fill(ignored[..., None, None], 0)
+    factor = projection.shape[0] ** -0.5
+    return torch.add(logits.new_tensor(1e-4 * factor), logits.exp_(), alpha=factor)
 
 
 def _highest_of_sequence(x: Tensor, ends: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ TENSORS = ("q", "k", "v", "key_bias?", "axes", "rows", "copy_rows", "copies")
 OPTIONS = ("float scale", "int[] groups", "bool fill_q", "bool fill_k")
 GROUP = len(Group._fields)
 
-RELATIVE, CONTEXT = "RelTable", "ContextTable"
+RELATIVE, CONTEXT, BOTH = "RelTable", "ContextTable", "ContextTable beside RelTable"
 
 
 def arguments(plan: SegmentPlan, heads: int) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
@@ -53,10 +53,11 @@ VOXEL = Family(
 )
 
 
-class _Part:
+class Part:
     """One head group of a launch: its heads, rows and copies."""
 
-    def __init__(self, group: Group, first: int, row: int, copy_row: int, copy: int) -> None:
+    def __init__(self, index: int, group: Group, first: int, row: int, copy_row: int, copy: int) -> None:
+        self.index = index
         self.group, self.first, self.last = group, first, first + group.heads
         self.rows = slice(row, row + group.rows)
         self.owners = slice(row, row + group.owners)
@@ -64,11 +65,11 @@ class _Part:
         self.copies = slice(copy, copy + group.copies)
 
 
-def _parts(groups: Sequence[int]) -> Iterator[_Part]:
+def parts(groups: Sequence[int]) -> Iterator[Part]:
     first = row = copy_row = copy = 0
     for at in range(0, len(groups), GROUP):
         group = Group(*groups[at : at + GROUP])
-        part = _Part(group, first, row, copy_row, copy)
+        part = Part(at // GROUP, group, first, row, copy_row, copy)
         first, row, copy_row, copy = part.last, part.rows.stop, part.copy_rows.stop, part.copies.stop
         yield part
 
@@ -114,7 +115,7 @@ def _forward(launchers: _launch.Launchers) -> Callable[..., tuple[Tensor, Tensor
         if lse.numel() == 0 or len(rows) == 0:
             return out, lse
         call = _call(tensors, scale, out, lse)
-        for part in _parts(groups):
+        for part in parts(groups):
             plan = kernel_plan(axes, rows[part.rows], part.group, len(tensors[1]))
             launch(slice_call(call, plan, part.first, part.last))
         return out, lse
@@ -151,7 +152,7 @@ def _backward(launchers: _launch.Launchers) -> Callable[..., tuple[Tensor, ...]]
             dextra_k=None,
             dextra_v=None,
         )
-        for part in _parts(groups):
+        for part in parts(groups):
             part_call = slice_call(call, None, part.first, part.last)  # type: ignore[arg-type]
             part_grads = slice_grads(grads, part.first, part.last)
             if part.group.owners:
@@ -198,7 +199,7 @@ for _row in _launch.ROWS:
     _capability = _row.capability("voxel")
     if _row.forward is not None and _row.backward is not None:
         define(VOXEL, _row.backend, _forward(_row), _backward(_row))
-        _capability = replace(_capability, missing=_capability.missing | {RELATIVE, CONTEXT})
+        _capability = replace(_capability, missing=_capability.missing | {RELATIVE, BOTH})
     _backends.register(_capability)
 
 

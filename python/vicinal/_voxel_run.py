@@ -13,7 +13,9 @@ from . import _choice
 from . import reference_voxel as reference
 from ._attend import accumulator
 from ._segments_type import SegmentGroups, Segments
-from ._voxel_op import CONTEXT, RELATIVE, arguments, voxel_op
+from ._voxel_context import Channels, head_channels, packed_cells, packed_tables
+from ._voxel_context_op import voxel_context_op
+from ._voxel_op import BOTH, CONTEXT, RELATIVE, arguments, voxel_op
 from ._voxel_plan import plan_of
 from ._voxel_types import Bias, ContextTable, KeyBias, RelTable, Rope3D
 
@@ -90,7 +92,7 @@ def _check_terms(call: Call) -> None:
                 )
             checks.on_device_of_q("KeyBias.b", term.b, call.q)
             continue
-        coords = term.cells if isinstance(term, ContextTable) else term.coords
+        coords = term.coords if not isinstance(term, ContextTable) else _first_cells(call, term)
         checks.on_device_of_q(f"{name}.coords", coords, call.q)
         if coords.shape[0] != rows or call.k.shape[0] != rows:
             raise ValueError(
@@ -111,9 +113,23 @@ def _check_terms(call: Call) -> None:
             )
 
 
+def _first_cells(call: Call, term: ContextTable) -> Tensor:
+    """The cells of the first head group, all of which are alike."""
+    if not isinstance(term.cells, tuple):
+        return term.cells
+    groups = len(call.segments.groups) if isinstance(call.segments, SegmentGroups) else 1
+    if len(term.cells) != groups:
+        raise ValueError(f"ContextTable has {len(term.cells)} tensors of cells; segments has {groups} groups")
+    return term.cells[0]
+
+
 def problem_key(call: Call) -> _choice.Key:
     features = [name for name, kind in ((RELATIVE, RelTable), (CONTEXT, ContextTable)) if call.term(kind)]
-    return _choice.problem_key("voxel", call.q, call.v, tuple(features))
+    if len(features) == 2:
+        features.append(BOTH)
+    context = call.term(ContextTable)
+    more = (0, 0) if context is None else head_channels(context)
+    return _choice.problem_key("voxel", call.q, call.v, tuple(features), *more)
 
 
 def run(
@@ -132,15 +148,37 @@ def _rotated(call: Call) -> tuple[Tensor, Tensor]:
 
 def _run_op(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     q, k = _rotated(call)
+    v, scale, context = call.v, call.scale, call.term(ContextTable)
+    channels = None
+    if context is not None and backend != "cpu":
+        channels = Channels(context, _head_groups(call))
+        if scale == 0:
+            q, scale = q * 0, 1.0
+        q, k, v = channels.longer(q, k, v, scale)
     term, key_bias = call.term(KeyBias), None
     if term is not None:
         if term.b.dim() == 1 and not term.b.requires_grad:
             key_bias = term.b.to(accumulator(q.dtype)).contiguous()
         else:
-            q, k = with_bias_channels(q, k, term.b, call.scale)
+            q, k = with_bias_channels(q, k, term.b, scale)
     tables, options = arguments(plan_of(call.segments), q.shape[1])
-    out, lse = voxel_op(backend, False, (call.scale, *options), q, k, call.v, key_bias, *tables)
-    return out, lse
+    if context is not None and channels is None:
+        terms = (packed_cells(context), packed_tables(context, q.shape[-1], q.dtype))
+        out, lse = voxel_context_op(backend, False, (scale, *options), q, k, v, key_bias, *tables, *terms)
+        return out, lse
+    out, lse = voxel_op(backend, False, (scale, *options), q, k, v, key_bias, *tables)
+    return (out if channels is None else channels.narrow(out, call.v.shape[-1])), lse
+
+
+def _head_groups(call: Call) -> list[tuple[int, int]]:
+    """First head and last head + 1 of every group."""
+    if not isinstance(call.segments, SegmentGroups):
+        return [(0, call.q.shape[1])]
+    found, first = [], 0
+    for _, n in call.segments.groups:
+        found.append((first, first + n))
+        first += n
+    return found
 
 
 def with_bias_channels(q: Tensor, k: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -166,23 +204,21 @@ def run_reference(call: Call, compute_dtype: torch.dtype | None = None) -> tuple
             return run_reference(call, compute_dtype)
     q, k = _rotated(call)
     segments = call.segments
-    groups = segments.groups if isinstance(segments, SegmentGroups) else ((segments, q.shape[1]),)
-    outs, lses, first = [], [], 0
-    for s, n in groups:
-        last = first + n
+    parts = [s for s, _ in segments.groups] if isinstance(segments, SegmentGroups) else [segments]
+    outs, lses = [], []
+    for i, (s, (first, last)) in enumerate(zip(parts, _head_groups(call), strict=True)):
         part = (q[:, first:last], k[:, first:last], call.v[:, first:last])
-        terms = _terms(call, first, last)
+        terms = _terms(call, i, first, last)
         out, lse = reference.segment_attention(*part, s, call.scale, terms, compute_dtype)
         outs.append(out)
         lses.append(lse)
-        first = last
     acc = accumulator(call.q.dtype)
     if len(outs) == 1:
         return outs[0], lses[0].to(acc)
     return torch.cat(outs, 1), torch.cat(lses, 1).to(acc)
 
 
-def _terms(call: Call, first: int, last: int) -> reference.Terms:
+def _terms(call: Call, group: int, first: int, last: int) -> reference.Terms:
     key, rel, context = call.term(KeyBias), call.term(RelTable), call.term(ContextTable)
     return reference.Terms(
         key_bias=None if key is None else (key.b[:, None] if key.b.dim() == 1 else key.b[:, first:last]),
@@ -190,7 +226,7 @@ def _terms(call: Call, first: int, last: int) -> reference.Terms:
         context=None
         if context is None
         else (
-            context.cells,
+            context.cells[group] if isinstance(context.cells, tuple) else context.cells,
             *(getattr(context, name)[:, :, first:last] for name in ("q_table", "k_table", "v_table")),
         ),
     )

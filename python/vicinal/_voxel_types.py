@@ -18,6 +18,18 @@ def _cells(name: str, value: Tensor) -> None:
         )
 
 
+def _check_cells(parts: tuple[Tensor, ...], most: int) -> None:
+    """On CPUs; elsewhere a look would synchronise, and kernels clamp."""
+    if torch.compiler.is_compiling():
+        return
+    for part in parts:
+        if part.device.type == "cpu" and part.numel() and (int(part.min()) < 0 or int(part.max()) > most):
+            raise ValueError(
+                f"cells has values from {int(part.min())} to {int(part.max())}; they must be from 0 to "
+                f"(L - 1) / 2 = {most}"
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class RelTable:
     """A bias by the offset between two voxels, axis by axis: sum over a of table[a, clip(c_i[a] - c_j[a], -b,
@@ -51,25 +63,33 @@ class ContextTable:
     (Stratified Transformer, ConDaFormer).
 
     Args:
-        cells: int [N, A], A up to 3; all offsets within a segment are below (L + 1) / 2.
+        cells: int [N, A], A up to 3, from 0 to (L - 1) / 2; or a tuple with one for each group of a
+            `SegmentGroups`, as ConDaFormer's planes have (`segments.condaformer_planes`).
         q_table: [L, A, H, D], any float dtype, trainable. k_table: the same. v_table: [L, A, H, Dv].
     """
 
-    cells: Tensor
+    cells: Tensor | tuple[Tensor, ...]
     q_table: Tensor
     k_table: Tensor
     v_table: Tensor
 
     def __post_init__(self) -> None:
-        _cells("cells", self.cells)
+        parts = self.cells if isinstance(self.cells, tuple) else (self.cells,)
+        if not parts:
+            raise ValueError("cells is an empty tuple; it must have a tensor for each group of heads")
+        for part in parts:
+            _cells("cells", part)
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError(f"cells has shapes {[list(p.shape) for p in parts]}; they must be equal")
+        axes = parts[0].shape[1]
         for name in ("q_table", "k_table", "v_table"):
             table = getattr(self, name)
             checks.floating(name, table)
-            if table.dim() != 4 or table.shape[1] != self.cells.shape[1] or table.shape[0] % 2 == 0:
+            if table.dim() != 4 or table.shape[1] != axes or table.shape[0] % 2 == 0:
                 raise ValueError(
-                    f"{name} has shape {list(table.shape)}; "
-                    f"it must be [L, {self.cells.shape[1]}, H, D] with L odd"
+                    f"{name} has shape {list(table.shape)}; it must be [L, {axes}, H, D] with L odd"
                 )
+        _check_cells(parts, self.q_table.shape[0] // 2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,12 +127,13 @@ def backend_lines(row: dict[str, Any]) -> list[str]:
 
 
 def capability_table() -> str:
-    """The capability rows as a Markdown table, in order of preference; docs/backends.md holds it."""
+    """The capability rows as a Markdown table, in order of preference and then of families' names, whatever
+    was imported first; docs/backends.md holds it."""
     lines = [
         "| family | backend | devices | dtypes | head_dim | GPU from | missing |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in _backends.rows():
+    for row in sorted(_backends.rows(), key=lambda row: (_backends.ORDER.index(row.backend), row.family)):
         dtypes = " ".join(str(dtype).removeprefix("torch.") for dtype in row.dtypes)
         head_dim = f"<= {row.max_head_dim}" if row.max_head_dim else "any"
         arch = f"sm_{row.min_arch}" if row.min_arch else "-"

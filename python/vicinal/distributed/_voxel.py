@@ -203,7 +203,9 @@ def _moved_term(term: Bias, partition: SegmentPartition) -> Bias:
         return KeyBias(move((term.b,), 0, way, group)[0])
     if isinstance(term, ContextTable):
         tables = replicated(group, term.q_table, term.k_table, term.v_table)
-        return ContextTable(move((term.cells,), 0, way, group)[0], *cast(tuple[Tensor, ...], tables))
+        several = isinstance(term.cells, tuple)
+        cells = move(term.cells if isinstance(term.cells, tuple) else (term.cells,), 0, way, group)
+        return ContextTable(tuple(cells) if several else cells[0], *cast(tuple[Tensor, ...], tables))
     coords = move((term.coords,), 0, way, group)[0]
     if isinstance(term, RelTable):
         return RelTable(coords, *cast(tuple[Tensor, ...], replicated(group, term.table)))

@@ -25,15 +25,24 @@ _ADAPTER_MODULES = {
     "torch.nn.modules.activation": "vicinal.drop_in.torch_multihead",
     "vicinal.models.swin": "vicinal.drop_in.swin",
     "vicinal.models.cswin": "vicinal.drop_in.cswin",
+    "vicinal.models.vitdet": "vicinal.drop_in.vitdet",
+    "vicinal.models.condaformer": "vicinal.drop_in.condaformer",
     "vicinal.models.ecoformer": "vicinal.drop_in.ecoformer",
     "vicinal.models.mossformer2": "vicinal.drop_in.mossformer2",
     "vicinal.models.dinat": "vicinal.drop_in.dinat",
     "vicinal.models.dformer": "vicinal.drop_in.dformer",
+    "vicinal.models.dsvt": "vicinal.drop_in.dsvt",
+    "vicinal.models.flatformer": "vicinal.drop_in.flatformer",
+    "vicinal.models.parts": "vicinal.drop_in.parts",
     "vicinal.models.causal_lm": "vicinal.drop_in.causal_lm",
+    "vicinal.models.graph_layers": "vicinal.drop_in.graph_layers",
     "vicinal.models.mamba2": "vicinal.drop_in.mamba2",
     "vicinal.models.hnet": "vicinal.drop_in.hnet",
     "vicinal.models.performer": "vicinal.drop_in.performer",
     "vicinal.models.lra": "vicinal.drop_in.lra",
+    "vicinal.models.lmuformer": "vicinal.drop_in.lmuformer",
+    "vicinal.models.sret": "vicinal.drop_in.sret",
+    "vicinal.models.dlgsanet": "vicinal.drop_in.dlgsanet",
     "natten.modules": "vicinal.drop_in.natten_modules",
     "timm.models.swin_transformer": "vicinal.drop_in.timm_swin",
     "timm.models.swin_transformer_v2_cr": "vicinal.drop_in.timm_swin_cr",
@@ -44,15 +53,24 @@ _ADAPTER_MODULES = {
     "timm.models.twins": "vicinal.drop_in.timm_twins",
     "timm.models.levit": "vicinal.drop_in.timm_levit",
     "timm.models.efficientformer": "vicinal.drop_in.timm_efficientformer",
+    "timm.models.vision_transformer_sam": "vicinal.drop_in.timm_sam",
     "timm.models.efficientvit_mit": "vicinal.drop_in.timm_efficientvit_mit",
     "torch_geometric.nn": "vicinal.drop_in.geometric_gps",
     "torchvision.models.swin_transformer": "vicinal.drop_in.torchvision_swin",
     "torchvision.models.video.swin_transformer": "vicinal.drop_in.torchvision_swin3d",
     "transformers.models.dinat.modeling_dinat": "vicinal.drop_in.transformers_dinat",
+    "transformers.models.donut.modeling_donut_swin": "vicinal.drop_in.transformers_donut",
+    "transformers.models.gemma2.modeling_gemma2": "vicinal.drop_in.transformers_sliding",
+    "transformers.models.longformer.modeling_longformer": "vicinal.drop_in.transformers_longformer",
     "transformers.models.mamba2.modeling_mamba2": "vicinal.drop_in.transformers_mamba2",
+    "transformers.models.maskformer.modeling_maskformer_swin": "vicinal.drop_in.transformers_donut",
+    "transformers.models.mistral.modeling_mistral": "vicinal.drop_in.transformers_sliding",
     "transformers.models.swin.modeling_swin": "vicinal.drop_in.transformers_swin",
+    "transformers.models.swin2sr.modeling_swin2sr": "vicinal.drop_in.transformers_swinv2",
+    "transformers.models.swinv2.modeling_swinv2": "vicinal.drop_in.transformers_swinv2",
+    "transformers.models.vitdet.modeling_vitdet": "vicinal.drop_in.transformers_vitdet",
 }
-FAMILIES = ("windowed", "neighborhood", "linear", "voxel", "multihead")
+FAMILIES = ("windowed", "neighborhood", "linear", "voxel", "edge", "multihead")
 
 
 @cache
@@ -76,8 +94,8 @@ def accelerate(model: nn.Module, *, families: Iterable[str] | None = None, dry_r
 
     Args:
         model: any module; it is changed in place unless `dry_run`.
-        families: which families to use, of "windowed", "neighborhood", "linear", "voxel" and "multihead";
-            None for all.
+        families: which families to use, of "windowed", "neighborhood", "linear", "voxel", "edge" and
+            "multihead"; None for all.
         dry_run: only report what would happen.
 
     Returns:
@@ -201,4 +219,6 @@ def _unknown(module: nn.Module, originals: tuple[type, ...]) -> str | None:
     if isinstance(module, originals):
         base = next(base for base in cls.__mro__ if base in originals)
         return f"a subclass of {base.__module__}.{base.__qualname__} may compute something else"
+    if any(isinstance(part, originals) for part in module.modules()):
+        return None  # what is inside has its row
     return f"no adapter for {cls.__module__}.{cls.__qualname__}" if looks else None

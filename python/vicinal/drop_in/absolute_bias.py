@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vicinal.windowed import RelativeBias, Windows, windowed_attention
+from vicinal.drop_in.swin_attention import windows_on
+from vicinal.windowed import windowed_attention
 
 
 def signed_tables(biases: Tensor, resolution: tuple[int, int]) -> Tensor:
@@ -15,8 +16,11 @@ def signed_tables(biases: Tensor, resolution: tuple[int, int]) -> Tensor:
 
     Gathered from the parameter in every call: the libraries keep an expanded copy in evaluation mode, which
     goes stale when weights are loaded."""
-    make = _offsets if torch.compiler.is_compiling() else _cached_offsets
-    return biases[:, make(resolution, biases.device)]
+    if torch.compiler.is_compiling():
+        return biases[:, _offsets(resolution, biases.device)]
+    with torch.inference_mode(False):  # what is remembered serves training too
+        offsets = _cached_offsets(resolution, biases.device)
+    return biases[:, offsets]
 
 
 def _offsets(resolution: tuple[int, int], device: torch.device) -> Tensor:
@@ -32,6 +36,7 @@ def attend_whole_map(
 ) -> Tensor:
     """q, k, v [B, H W, h, d], tables [h, (2H - 1) (2W - 1)] -> [B, H W, h dv]"""
     q, k, v = (x.unflatten(1, resolution) for x in (q, k, v))
-    out = windowed_attention(q, k, v, Windows(resolution), bias=RelativeBias(tables.t()), scale=scale)
+    windows = windows_on(resolution, resolution)
+    out = windowed_attention(q, k, v, windows, bias=tables.t(), scale=scale)
     assert isinstance(out, Tensor)
     return out.flatten(1, 2).flatten(-2)

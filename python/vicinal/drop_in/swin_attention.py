@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vicinal.nn import packed_windowed_attention
-from vicinal.windowed import RelativeBias, Windows, windowed_attention
+from vicinal.windowed import Windows, windowed_attention
 
 
 def changed_parts(attn: Any, original: type[nn.Module], linears: tuple[str, ...]) -> str | None:
@@ -54,7 +54,7 @@ def attend_v1(attn: Any, x: Tensor, windows: Windows, dropout_p: float = 0.0) ->
         attn.qkv.bias,
         windows,
         attn.num_heads,
-        bias=RelativeBias(attn.relative_position_bias_table),
+        bias=attn.relative_position_bias_table,
         scale=attn.scale,
         dropout_p=dropout_p,
     )
@@ -71,7 +71,7 @@ def attend_v2(attn: Any, x: Tensor, windows: Windows, dropout_p: float = 0.0) ->
         bias,
         windows,
         attn.num_heads,
-        bias=RelativeBias(cosine_table(attn.cpb_mlp, attn.relative_coords_table)),
+        bias=cosine_table(attn.cpb_mlp, attn.relative_coords_table),
         logit_scale=attn.logit_scale,
         dropout_p=dropout_p,
     )

@@ -17,15 +17,16 @@ from vicinal.drop_in.swin_attention import changed_parts
 from vicinal.windowed import RelativeBias, Windows, windowed_attention_qkvpacked
 
 
-def _bias(rel_pos: Any) -> RelativeBias | None:
+def _bias(rel_pos: Any) -> RelativeBias | Tensor | None:
     if rel_pos is None:
         return None
     if isinstance(rel_pos, RelPosBiasTf):
         return RelativeBias(rel_pos.relative_position_bias_table.flatten(1).t(), "k-q")
     if isinstance(rel_pos, RelPosBias):
-        return RelativeBias(rel_pos.relative_position_bias_table)
+        table: Tensor = rel_pos.relative_position_bias_table
+        return table
     table = rel_pos.bias_act(rel_pos.mlp(rel_pos.rel_coords_log)).flatten(0, -2)
-    return RelativeBias(table if rel_pos.bias_gain is None else rel_pos.bias_gain * table)
+    return table if rel_pos.bias_gain is None else rel_pos.bias_gain * table
 
 
 def _attend(attn: Any, qkv: Tensor, windows: Windows) -> Tensor:

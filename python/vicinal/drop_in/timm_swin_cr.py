@@ -12,7 +12,6 @@ from vicinal.drop_in.adapter import Adapter
 from vicinal.drop_in.swin_attention import changed_parts
 from vicinal.drop_in.timm_swin import windows_of
 from vicinal.nn import packed_windowed_attention
-from vicinal.windowed import RelativeBias
 
 
 class FusedSwinTransformerV2CrBlock(swin_transformer_v2_cr.SwinTransformerV2CrBlock):
@@ -32,7 +31,7 @@ class FusedSwinTransformerV2CrBlock(swin_transformer_v2_cr.SwinTransformerV2CrBl
         return attn.proj_drop(attn.proj(out))
 
 
-def _bias(attn: Any) -> Tensor | RelativeBias:
+def _bias(attn: Any) -> Tensor:
     """The network's bias of every pair while its dropout tells pairs apart, else of every offset."""
     if attn.training and attn.meta_mlp.drop1.p + attn.meta_mlp.drop2.p > 0:
         bias: Tensor = attn._relative_positional_encodings()
@@ -45,7 +44,8 @@ def _bias(attn: Any) -> Tensor | RelativeBias:
     query = dy.clamp_min(0) * width + dx.clamp_min(0)
     key = (-dy).clamp_min(0) * width + (-dx).clamp_min(0)
     pairs = (query * (height * width) + key).flatten()
-    return RelativeBias(attn.meta_mlp(attn.relative_coordinates_log[pairs]))
+    table: Tensor = attn.meta_mlp(attn.relative_coordinates_log[pairs])
+    return table
 
 
 def _reason_against(block: Any) -> str | None:

@@ -12,7 +12,6 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedW
 from vicinal.drop_in.adapter import Adapter
 from vicinal.drop_in.swin_attention import changed_parts, cosine_table, windows_on
 from vicinal.nn import packed_windowed_attention
-from vicinal.windowed import RelativeBias
 
 
 def _attend(
@@ -26,7 +25,7 @@ def _attend(
         qkv_bias,
         windows_on(space, attn.window_size, shift=shift),
         attn.num_heads,
-        bias=RelativeBias(table),
+        bias=table,
         logit_scale=logit_scale,
         dropout_p=attn.attention_dropout if attn.training else 0.0,
     )

@@ -25,12 +25,13 @@ class FusedShiftedWindowAttention3d(ShiftedWindowAttention3d):
         space, full = x.shape[1:4], tuple(self.window_size)
         size = tuple(min(w, L) for w, L in zip(full, space))
         shift = tuple(0 if w >= L else s for w, L, s in zip(full, space, self.shift_size))
+        table = self.relative_position_bias_table
         out = packed_windowed_attention(
             self.qkv(x),
             self.qkv.bias,
             windows_on(space, size, shift=shift),
             self.num_heads,
-            bias=RelativeBias(self.relative_position_bias_table, window=None if size == full else full),
+            bias=table if size == full else RelativeBias(table, window=full),
             dropout_p=self.attention_dropout if self.training else 0.0,
         )
         return F.dropout(self.proj(out), self.dropout, self.training)

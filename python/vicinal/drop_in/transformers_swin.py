@@ -9,7 +9,6 @@ from transformers.models.swin import modeling_swin
 
 from vicinal.drop_in.adapter import Adapter
 from vicinal.drop_in.swin_attention import attend_projected, changed_parts, windows_on
-from vicinal.windowed import RelativeBias
 
 
 class FusedSwinLayer(modeling_swin.SwinLayer):
@@ -46,7 +45,7 @@ class FusedSwinLayer(modeling_swin.SwinLayer):
             attn.v_proj,
             windows_on(x.shape[1:3], (self.window_size,) * 2, shift=self.shift_size),
             attn.head_dim,
-            bias=RelativeBias(attn.relative_position_bias.relative_position_bias_table),
+            bias=attn.relative_position_bias.relative_position_bias_table,
             scale=attn.scaling,
             dropout_p=attn.attention_dropout if self.training else 0.0,
         )

@@ -142,9 +142,10 @@ class Mamba2Mixer(nn.Module):
             powers = (b[:, None] - b).masked_fill(~seen[..., None], -torch.inf).exp()  # [C, C, H]
             inside = torch.einsum("in,jn,ijh,jhp->ihp", q[at], k[at], powers, v[at])
             reach = b.exp() * (own == before)[:, None]
-            outs.append(inside + torch.einsum("in,hnp,ih->ihp", q[at], state, reach))
+            outs.append(inside + torch.einsum("in,hnp->ihp", q[at], state) * reach[..., None])
             rest = (b[-1] - b).exp() * (own == own[-1])[:, None]
-            state = state * reach[-1, :, None, None] + torch.einsum("jn,jhp,jh->hnp", k[at], v[at], rest)
+            inflow = torch.einsum("jn,jhp->hnp", k[at], v[at] * rest[..., None])
+            state = state * reach[-1, :, None, None] + inflow
             before = own[-1:]
         return torch.cat(outs) if outs else v
 
