@@ -13,17 +13,20 @@ using bf16 = __nv_bfloat16;
 
 namespace {
 
-#define FOR_EACH_BUG(X)                                                                                \
-  X(none)                                                                                              \
-  X(no_sync_after_wait)                                                                                \
-  X(no_sync_before_reuse)                                                                              \
-  X(swapped_fragment)                                                                                  \
-  X(row_past_array)                                                                                    \
-  X(tail_not_zeroed)                                                                                   \
-  X(wait_too_short) X(wrong_shuffle) X(warp_skips_sync) X(swizzle_differs) X(read_past_tensor)         \
-      X(misaligned_ldmatrix) X(too_little_shared) X(no_swizzle) X(no_sync_warp) X(ordered_by_shuffle)  \
-          X(foreign_row) X(misaligned_vector) X(divergent_shuffle) X(lane_outside_mask) X(copies_left) \
-              X(deadlock) X(table_unordered) X(entry_of_two_lanes) X(one_table)
+#define FOR_EACH_BUG(X)                                                                                   \
+  X(none)                                                                                                 \
+  X(no_sync_after_wait)                                                                                   \
+  X(no_sync_before_reuse)                                                                                 \
+  X(swapped_fragment)                                                                                     \
+  X(row_past_array)                                                                                       \
+  X(tail_not_zeroed)                                                                                      \
+  X(wait_too_short)                                                                                       \
+  X(wrong_shuffle)                                                                                        \
+  X(warp_skips_sync)                                                                                      \
+  X(swizzle_differs)                                                                                      \
+  X(read_past_tensor) X(misaligned_ldmatrix) X(too_little_shared) X(no_swizzle) X(no_sync_warp)           \
+      X(ordered_by_shuffle) X(foreign_row) X(misaligned_vector) X(divergent_shuffle) X(lane_outside_mask) \
+          X(copies_left) X(deadlock) X(table_unordered) X(entry_of_two_lanes) X(one_table)
 
 enum Bug {
 #define NAME(bug) bug,

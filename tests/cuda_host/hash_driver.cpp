@@ -1,7 +1,6 @@
 // Runs one launch of hash attention from a case file on the emulator and writes the buffers back.
-#include "hash.h"
-
 #include "case_file.h"
+#include "hash.h"
 
 using namespace vicinal;
 

@@ -1,7 +1,6 @@
 // Runs one launch of joint attention from a case file on the emulator and writes the buffers back.
-#include "joint.h"
-
 #include "case_file.h"
+#include "joint.h"
 
 using namespace vicinal;
 
