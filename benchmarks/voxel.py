@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vicinal import Segments, segments, voxel_attention
 from vicinal.nn import SegmentMultiheadAttention
 
+from . import voxel_context
 from .measure import Contender, interleave, median, ratios
 from .results import Report, Result
 from .scenes import batch, scene
@@ -254,6 +255,8 @@ def run(
             yield from record(report, group, interleave(build(rows), **limits).contenders, {})
             group = f"voxel/dsvt-{rows // 1000}k/plans-of-block/{count}t"
             yield from record(report, group, interleave(block(rows, backend), **limits).contenders, {})
+        if not quick:
+            yield from context(count, tuple(d for d in dtypes if d == "float32"), backend, report, limits)
         for case in CASES:
             if quick and not case.quick:
                 continue
@@ -267,6 +270,19 @@ def run(
                             params = {"problem": case.name, "dtype": dtype, "direction": direction}
                             timed = interleave(ready, **limits).contenders
                             yield from record(report, group, timed, {**params, "threads": count})
+
+
+def context(
+    threads: int, dtypes: tuple[str, ...], backend: str | None, report: Report, limits: dict[str, Any]
+) -> Iterator[str]:
+    """ConDaFormer's planes with contextual tables, in float32 as published."""
+    for dtype in dtypes:
+        for backward in (False, True):
+            direction = "fwd+bwd" if backward else "fwd"
+            group = f"voxel/condaformer-planes/attend/{dtype}/{direction}/{threads}t"
+            params = {"problem": "condaformer-planes", "dtype": dtype, "direction": direction}
+            timed = interleave(voxel_context.attention(DTYPES[dtype], backward, backend), **limits).contenders
+            yield from record(report, group, timed, {**params, "threads": threads})
 
 
 def record(report: Report, group: str, timed: list[Contender], params: dict[str, Any]) -> Iterator[str]:
