@@ -8,6 +8,7 @@
 namespace vicinal {
 
 enum DType : int32_t { kF32 = 0, kF64 = 1, kBF16 = 2, kF16 = 3 };
+constexpr int kRelAxes = 3;  // of rel; one that is not there has coordinates and a table of zeros
 enum Activation : int32_t { kSoftmax = 0, kRelu2 = 1, kRelu = 2, kIdentity = 3 };
 
 // A tensor [B, N, H, D] with D contiguous.
@@ -57,6 +58,7 @@ struct Plan {
 // Everything but the tensors that are written. Null pointers switch an option off.
 //   s(i, j) = scale * q_scale_i * k_scale_j * (q_i . k_j) + bias[h, code_i + code_j] + key_bias[b, token_j]
 //             + mask[(b * n_rows + row) % mask_count, h, i, j] + mask_value * [region_i != region_j]
+//             + sum over the axes of rel[h, a, clip(q_coord_i[a] - k_coord_j[a], -bound, bound) + bound]
 //
 // Key slots: those of the key box (a pad is extra row 0 when edge_row, otherwise excluded), then the extra
 // rows edge_row .. n_extra-1, which every plan row sees; they have no region, key_bias or mask, their k_scale
@@ -96,6 +98,10 @@ struct Attend {
   const int64_t* seed;              // one element, in the memory of the device
   int32_t head_offset, head_total;  // for the dropout counter when heads are a slice
   int32_t drop_by_token;
+  const int32_t *q_coords = nullptr, *k_coords = nullptr;  // [n, kRelAxes], for rel
+  const void* rel =
+      nullptr;           // acc [heads][kRelAxes][rel_size], or null; never with ranges, pads or extra rows
+  int32_t rel_size = 0;  // 2 bound + 1
 };
 
 struct AttendFwd {
@@ -119,6 +125,7 @@ struct AttendBwd {
   // read them (none: the gradients are 0); extra keys are no part of it, and it has no mask, no pads and no
   // other scales than `scale`. dq, dbias and dextra still follow a.plan.
   Plan key_plan;
+  void* drel = nullptr;  // acc, as rel, overwritten; or null
 };
 
 // CPU: 0 on success. CUDA: a cudaError_t; workspace as asked for by attend_bwd_workspace.

@@ -7,10 +7,11 @@
 //   plan: axes rows n_rows q_slots k_slots guard
 //   scale mask_value bias bias_size q_scale k_scale scale_stride_n key_bias mask mask_count mask_stride_w
 //   mask_stride_h extra_k[4] extra_v[4] n_extra edge_row dropout_p seed head_offset head_total drop_by_token
+//   q_coords k_coords rel rel_size
 //
 //   forward, then:  out[4] lse lse_stride_n
 //   backward, then: out[4] dout[4] lse dlse lse_stride_n dq[4] dk[4] dv[4] dbias dextra_k[4] dextra_v[4]
-//                  key_plan[6]
+//                  key_plan[6] drel
 //
 // and ends with what the launcher takes besides (cpu: threads; cuda: workspace of a backward, stream).
 #pragma once
@@ -91,6 +92,9 @@ inline Attend read_attend(TupleReader& t) {
   a.extra_k = t.rows(), a.extra_v = t.rows(), a.n_extra = t.small(), a.edge_row = t.small();
   a.dropout_p = t.real(), a.seed = static_cast<const int64_t*>(t.pointer());
   a.head_offset = t.small(), a.head_total = t.small(), a.drop_by_token = t.small();
+  a.q_coords = static_cast<const int32_t*>(t.pointer()),
+  a.k_coords = static_cast<const int32_t*>(t.pointer());
+  a.rel = t.pointer(), a.rel_size = t.small();
   return a;
 }
 
@@ -111,6 +115,7 @@ inline AttendBwd read_attend_bwd(TupleReader& t) {
   p.dbias = t.pointer();
   p.dextra_k = t.rows(), p.dextra_v = t.rows();
   p.key_plan = read_plan(t);
+  p.drel = t.pointer();
   return p;
 }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from voxel_problems import BY_NAME, PROBLEMS, Problem, voxels
 from voxel_solutions import dense_errors, exact, make, run, seen, solve
 
-from vicinal import KeyBias, RelTable, _backends, explain, segments, voxel_attention
+from vicinal import ContextTable, KeyBias, RelTable, _backends, explain, segments, voxel_attention
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOW = ("windows", "sets-x", "groups", "trellis", "neighbours", "key", "key-heads", "rope", "rel", "context")
@@ -40,7 +40,7 @@ def solution(name: str, dtype: torch.dtype) -> Any:
 
 
 def check(problem: Problem, dtype: torch.dtype, backend: str) -> None:
-    if backend != "reference" and not problem.kernels:
+    if backend != "reference" and not problem.runs_on(backend):
         with pytest.raises(NotImplementedError, match="Table"):
             run(problem, make(problem, dtype, device_of(backend)), backend)
         return
@@ -71,10 +71,14 @@ def test_pairs_are_counted() -> None:
     assert count[7].tolist() == [1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("name", ["windows", "groups-69", "trellis", "neighbours", "head-groups-mixed"])
+@pytest.mark.parametrize(
+    "name", ["windows", "groups-69", "trellis", "neighbours", "head-groups-mixed", "rel-mixed"]
+)
 @pytest.mark.parametrize("backend", op_backends())
 def test_runs_agree_bit_for_bit(name: str, backend: str) -> None:
     problem = BY_NAME[name]
+    if not problem.runs_on(backend):
+        pytest.skip(f"{backend}: RelTable is missing")
     tensors = make(problem, torch.float32, device_of(backend))
     first = solve(problem, tensors, backend)
     before = torch.get_num_threads()
@@ -216,8 +220,31 @@ def test_plans_are_built_once() -> None:
 def test_explain_names_what_kernels_lack() -> None:
     q = random(5, 2, 8)
     made = segments.from_lengths(torch.tensor([3, 2]))
-    table = RelTable(torch.zeros(5, 3, dtype=torch.int32), torch.zeros(3, 3, 2))
-    assert "RelTable" in str(explain(voxel_attention, q, q, q, made, bias=table))
+    cells = torch.zeros(5, 3, dtype=torch.int32)
+    relative = RelTable(cells, torch.zeros(3, 3, 2))
+    assert "RelTable" in str(explain(voxel_attention, q, q, q, made, bias=relative))
+    context = ContextTable(cells, *(torch.zeros(3, 3, 2, 8) for _ in range(3)))
+    both = explain(voxel_attention, q, q, q, made, bias=(relative, context))
+    assert both.backend == "reference"
+    assert "ContextTable beside RelTable" in str(both)
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_offsets_of_any_size_are_clipped(backend: str) -> None:
+    if not BY_NAME["rel"].runs_on(backend) and backend != "reference":
+        pytest.skip(f"{backend}: RelTable is missing")
+    made = segments.from_lengths(torch.tensor([9, 4]))
+    q, k, v = (random(13, 2, 8, seed=i) for i in range(3))
+    places = (0, 2**31 - 1, -(2**31), 5, 4, 3, 2, 1, 0, 7, -7, 2**30, 9)
+    coords = torch.tensor(places, dtype=torch.int32)[:, None]
+    table = random(1, 5, 2, seed=4)
+    out = voxel_attention(q, k, v, made, bias=RelTable(coords, table), backend=backend)
+    assert isinstance(out, Tensor)
+    offset = (coords.long() - coords.long().t()).clamp(-2, 2) + 2
+    s = torch.einsum("nhd,mhd->hnm", q, k) * 8**-0.5 + table[0][offset].movedim(-1, 0)
+    apart = (torch.arange(13) < 9)[:, None] != (torch.arange(13) < 9)
+    p = s.masked_fill(apart, -torch.inf).softmax(-1)
+    torch.testing.assert_close(out, torch.einsum("hnm,mhd->nhd", p, v))
 
 
 def test_errors() -> None:

@@ -35,9 +35,10 @@ class Problem:
     def value_dim(self) -> int:
         return self.dim_v or self.dim
 
-    @property
-    def kernels(self) -> bool:
-        """Whether kernels have its terms."""
+    def runs_on(self, backend: str) -> bool:
+        """Whether the kernels of a backend have its terms."""
+        if backend == "cpu":
+            return not {"rel", "context"} <= set(self.terms)
         return "rel" not in self.terms
 
     @property
@@ -171,6 +172,9 @@ TERMS = (
     Problem("rope", lambda: curve("shell_64").patches(20), dim=18, terms=("rope",)),
     Problem("rope-key", lambda: curve("shell_64").patches(20), dim=12, terms=("rope", "key")),
     Problem("rel", lambda: curve("shell_64").patches(20), terms=("rel",)),
+    Problem("rel-long", lambda: segments.from_lengths(ints(79, 71)), dim=16, terms=("rel",)),
+    Problem("rel-overlap", lambda: segments.chunks(90, 16, 2, torch.randperm(90)), heads=3, terms=("rel",)),
+    Problem("rel-mixed", mixed_groups, heads=3, dim=13, terms=("rel", "key-fixed"), layout="crop"),
     Problem("rel-groups", groups, heads=4, terms=("rel", "key-heads")),
     Problem("context", windows("shell_64", (6, 6, 6), (3, 3, 3)), terms=("context",), dim_v=5),
     Problem("context-groups", groups, heads=4, terms=("context",)),

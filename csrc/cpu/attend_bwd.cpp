@@ -28,13 +28,16 @@ template <class T>
 struct Partials {
   T* bias = nullptr;   // [runs][heads][bias_size]
   T* extra = nullptr;  // [segments][n_extra][heads][D + Dv]
-  int64_t bias_stride = 0, extra_stride = 0;
+  T* rel = nullptr;    // [runs][heads][kRelAxes][rel_size]
+  int64_t bias_stride = 0, extra_stride = 0, rel_stride = 0;
 
   void allocate(const AttendBwd& p, const Schedule& plan) {
     const Attend& a = p.a;
     bias_stride = int64_t(a.heads) * a.bias_size;
     extra_stride = int64_t(a.n_extra) * a.heads * (a.head_dim + a.head_dim_v);
     if (p.dbias) bias = take(plan.item_chunks * bias_stride);
+    rel_stride = int64_t(a.heads) * kRelAxes * a.rel_size;
+    if (p.drel) rel = take(plan.item_chunks * rel_stride);
     if (a.n_extra && (p.dextra_k.data || p.dextra_v.data))
       extra = take((plan.item_chunks + a.batch) * extra_stride);
   }
@@ -43,7 +46,7 @@ struct Partials {
     if (!data) std::abort();
     return data;
   }
-  void release() { std::free(bias), std::free(extra); }
+  void release() { std::free(bias), std::free(extra), std::free(rel); }
 };
 
 template <class S, class T>
@@ -64,6 +67,7 @@ struct Backward : Block<S, T> {
   T *dq, *dk, *dv;                       // [kBlockQueries][Dp], [k_most][Dp], [k_most][Dvp]
   T* dbias;                              // laid out like bias
   T* extra = nullptr;                    // this segment's
+  T* drel = nullptr;                     // this run's, [heads][kRelAxes][rel_size]
   // factor: what makes the weights of a query add up to 1. Packed rows of dO take it, else the weights do.
   T lse[kBlockQueries], dlse[kBlockQueries], factor[kBlockQueries];
 
@@ -133,6 +137,7 @@ struct Backward : Block<S, T> {
     T* bias_sum = dbias ? dbias + (h - this->bias_heads_begin) * this->bias_stride() + q0 : nullptr;
     for (int32_t c = 0; c < vectors * kN; c += kN) gradients(c, bias_sum);
     for (int32_t u = 0; u < this->tails; ++u) tail_gradients(this->column_of_tail(u), bias_sum);
+    if (drel) this->relative.gradient(ds, now->nk, q0, n, drel + int64_t(h) * kRelAxes * a.rel_size);
     if (a.dropout_p > 0) this->drop(h, s);
     return products(h);
   }
@@ -310,6 +315,9 @@ struct Backward : Block<S, T> {
     for (int64_t i = r.h0 * a.bias_size; dbias && i < r.h1 * a.bias_size; ++i) table[i] = 0;
     if (dbias)
       this->bias_heads_begin = r.h0, this->bias_heads_end = r.h1, clear_bias(), this->bias_heads_begin = -1;
+    drel = partials.rel ? partials.rel + r.index * partials.rel_stride : nullptr;
+    const int64_t each = int64_t(kRelAxes) * a.rel_size;
+    for (int64_t i = r.h0 * each; drel && i < r.h1 * each; ++i) drel[i] = 0;
     for (int64_t item = r.begin; item < r.end; ++item) {
       this->advance(item, r.end);
       if (partials.extra && (item == r.begin || now->row == 0)) {
@@ -333,6 +341,13 @@ void add_partials(const AttendBwd& p, const Schedule& plan, const Partials<T>& p
     for (int64_t c = 0; to && c < plan.item_chunks; ++c) {
       const T* from = partials.bias + c * partials.bias_stride + h * a.bias_size;
       for (int64_t t = 0; t < a.bias_size; ++t) to[t] += from[t];
+    }
+    const int64_t each = int64_t(kRelAxes) * a.rel_size;
+    T* rel = partials.rel ? static_cast<T*>(p.drel) + h * each : nullptr;
+    for (int64_t t = 0; rel && t < each; ++t) rel[t] = 0;
+    for (int64_t c = 0; rel && c < plan.item_chunks; ++c) {
+      const T* from = partials.rel + c * partials.rel_stride + h * each;
+      for (int64_t t = 0; t < each; ++t) rel[t] += from[t];
     }
     for (int64_t b = 0; partials.extra && b < a.batch; ++b) {
       const int64_t first = b * a.plan.n_rows / plan.chunk_items;

@@ -7,6 +7,7 @@
 #pragma once
 #include "addresses.h"
 #include "gemm.h"
+#include "relative.h"
 #include "slots.h"
 
 namespace vicinal::VICINAL_ISA {
@@ -45,6 +46,7 @@ struct Block {
   Addresses<S>* there = &addresses[1];   // of what comes after it and is prefetched
   Rows read_too{};                       // dO
   Rows write_q{}, write_k{}, write_v{};  // what will be stored
+  Relative<T> relative;
   bool k_in_place = false, v_in_place = false;
   int32_t ahead_at, ahead_end, ahead_step;
   const Ahead ahead{&Block::step_ahead, this};
@@ -77,6 +79,7 @@ struct Block {
     bias = a.bias ? arena.take<T>(bias_stride() * group_heads) : nullptr;
     bias_q_code = arena.take<int32_t>(q_most), bias_k_code = arena.take<int32_t>(k_most);
     bias_heads_begin = bias_heads_end = -1;
+    relative.carve(arena, a, k_most, q_most, kBlockQueries, write_k.data != nullptr);
   }
   void clear_zeros() {  // after carve, when the memory is there
     const int32_t widest = D > Dv ? D : Dv;
@@ -277,6 +280,12 @@ struct Block {
       for (int32_t j = 0; init && j < now->nk; ++j) s[int64_t(j) * kBlockQueries + c] += init[j * q_most + c];
     }
     if (now->regions || now->key_terms || a.mask) add_terms(h);
+    if (a.rel) {
+      const int64_t table = int64_t(kRelAxes) * a.rel_size;
+      relative.set_row(a, *now);
+      relative.expand(static_cast<const T*>(a.rel) + h * table, q0, n, unit);
+      relative.add(s, now->nk, round_up(n, kN));
+    }
   }
   // The terms that few rows have: per key, mask, region.
   [[gnu::noinline]] void add_terms(int32_t h) {

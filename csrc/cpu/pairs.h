@@ -114,6 +114,7 @@ inline void pair_dots(const BFloat16* const* rows, int32_t count, int32_t d, con
 // What a call needs for products of pairs; the others compute in float.
 template <class S>
 bool can_pair(const Attend& a) {
+  if (a.rel) return false;
   return kHasPairs<S> && a.activation == kSoftmax && !a.q_scale && !a.k_scale && a.dropout_p == 0 &&
          a.head_dim % 2 == 0;
 }

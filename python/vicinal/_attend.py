@@ -15,7 +15,8 @@ class AttendCall:
     """The fields of csrc/attend.h as tensors: q [B, Nq, H, D], k [B, Nk, H, D], v [B, Nk, H, Dv] with D
     contiguous; bias acc [H, T]; q_scale, k_scale acc [B, N, H]; extra_k, extra_v [B, E, H, D]; key_bias acc
     [B, Nk]; mask acc [M, 1 or H, q_slots, k_slots]; seed int64 [1]; out [B, Nq, H, Dv]; lse acc [B, Nq,
-    H]. Grouped queries: k and v have fewer heads than q. drop_by_token: what the dropout counter counts."""
+    H]. Grouped queries: k and v have fewer heads than q. drop_by_token: what the dropout counter counts.
+    q_coords, k_coords int32 [N, 3] and rel acc [H, 3, 2 bound + 1]: a bias by clipped offsets."""
 
     plan: Plan
     q: Tensor
@@ -39,6 +40,9 @@ class AttendCall:
     out: Tensor
     lse: Tensor
     drop_by_token: bool = False
+    q_coords: Tensor | None = None
+    k_coords: Tensor | None = None
+    rel: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -54,6 +58,7 @@ class AttendGrads:
     dbias: Tensor | None
     dextra_k: Tensor | None
     dextra_v: Tensor | None
+    drel: Tensor | None = None
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -98,6 +103,9 @@ def slice_call(call: AttendCall, plan: Plan, first: int, last: int) -> AttendCal
         out=call.out[:, :, first:last],
         lse=call.lse[:, :, first:last],
         drop_by_token=call.drop_by_token,
+        q_coords=call.q_coords,
+        k_coords=call.k_coords,
+        rel=heads(call.rel, first, last, 0),
     )
 
 
@@ -111,6 +119,7 @@ def slice_grads(grads: AttendGrads, first: int, last: int) -> AttendGrads:
         dbias=heads(grads.dbias, first, last, 0),
         dextra_k=heads(grads.dextra_k, first, last, 2),
         dextra_v=heads(grads.dextra_v, first, last, 2),
+        drel=heads(grads.drel, first, last, 0),
     )
 
 

@@ -64,7 +64,8 @@ def _problem_arguments(call: AttendCall) -> tuple[int | float, ...]:
             call.edge_row,
         ),
         *(call.dropout_p, pointer(call.seed), call.head_offset, call.head_total),
-        int(call.drop_by_token),
+        *(int(call.drop_by_token), pointer(call.q_coords), pointer(call.k_coords)),
+        *(pointer(call.rel), 0 if call.rel is None else call.rel.shape[2]),
     )
 
 
@@ -79,7 +80,7 @@ def _backward_arguments(call: AttendCall, grads: AttendGrads) -> tuple[int | flo
         *(call.lse.data_ptr(), pointer(grads.dlse), call.lse.stride(1)),
         *(*row_arguments(grads.dq), *row_arguments(grads.dk), *row_arguments(grads.dv)),
         *(pointer(grads.dbias), *row_arguments(grads.dextra_k), *row_arguments(grads.dextra_v)),
-        *plan_arguments(call.plan.key_plan),
+        *(*plan_arguments(call.plan.key_plan), pointer(grads.drel)),
     )
 
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from . import _backends, _launch
 from ._attend import AttendCall, AttendGrads, accumulator, flat, slice_call, slice_grads
-from ._family import Family, autograd_function, define
+from ._family import Family, autograd_function, define, empty_gradient
 from ._voxel_plan import Group, SegmentPlan, kernel_plan
 
-TENSORS = ("q", "k", "v", "key_bias?", "axes", "rows", "copy_rows", "copies")
+TENSORS = ("q", "k", "v", "key_bias?", "axes", "rows", "copy_rows", "copies", "coords?", "rel?")
 OPTIONS = ("float scale", "int[] groups", "bool fill_q", "bool fill_k")
 GROUP = len(Group._fields)
 
@@ -35,11 +35,12 @@ def _fake_forward(tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[T
 def _fake_backward(
     outputs: tuple[Any, ...], tensors: tuple[Any, ...], options: tuple[Any, ...], packed: bool
 ) -> tuple[Tensor, ...]:
-    q, k, v, *_ = tensors
+    q, k, v, rel = *tensors[:3], tensors[-1]
+    drel = empty_gradient(q) if rel is None else torch.empty_like(rel)
     if packed:
         whole = torch.empty((q.shape[0], 3, *q.shape[1:]), dtype=q.dtype, device=q.device)
-        return whole, q.new_empty(0), q.new_empty(0)
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        return whole, q.new_empty(0), q.new_empty(0), drel
+    return (*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)), drel)
 
 
 VOXEL = Family(
@@ -47,7 +48,7 @@ VOXEL = Family(
     tensors=TENSORS,
     options=OPTIONS,
     outputs=("out", "lse"),
-    gradients=("q", "k", "v"),
+    gradients=("q", "k", "v", "rel"),
     fake_fwd=_fake_forward,
     fake_bwd=_fake_backward,
 )
@@ -75,7 +76,8 @@ def parts(groups: Sequence[int]) -> Iterator[Part]:
 
 
 def _call(tensors: tuple[Any, ...], scale: float, out: Tensor, lse: Tensor) -> AttendCall:
-    q, k, v, key_bias, *_ = tensors
+    q, k, v, key_bias = tensors[:4]
+    coords, rel = tensors[-2:]
     return AttendCall(
         plan=None,  # type: ignore[arg-type]  # set per head group
         q=flat(q[None]),
@@ -98,6 +100,9 @@ def _call(tensors: tuple[Any, ...], scale: float, out: Tensor, lse: Tensor) -> A
         head_total=q.shape[1],
         out=out[None],
         lse=lse[None],
+        q_coords=coords,
+        k_coords=coords,
+        rel=rel,
     )
 
 
@@ -132,13 +137,16 @@ def _backward(launchers: _launch.Launchers) -> Callable[..., tuple[Tensor, ...]]
         tensors, packed = args[4 : 4 + len(TENSORS)], args[-1]
         scale, groups, fill_q, fill_k = args[4 + len(TENSORS) : -1]
         results = _fake_backward((), tensors, (), packed)
-        dq, dk, dv = results[0].unbind(1) if packed else results
+        drel = results[3] if tensors[-1] is not None else None
+        dq, dk, dv = results[0].unbind(1) if packed else results[:3]
         if fill_q or lse.numel() == 0:
             dq.zero_()
         if fill_k or lse.numel() == 0:
             dk.zero_()
             dv.zero_()
-        axes, rows, copy_rows, copies = tensors[4:]
+        if drel is not None:
+            drel.zero_()
+        axes, rows, copy_rows, copies = tensors[4:8]
         if lse.numel() == 0 or len(rows) == 0:
             return results
         call = _call(tensors, scale, flat(out[None])[0], lse.contiguous())
@@ -151,19 +159,32 @@ def _backward(launchers: _launch.Launchers) -> Callable[..., tuple[Tensor, ...]]
             dbias=None,
             dextra_k=None,
             dextra_v=None,
+            drel=drel,
         )
         for part in parts(groups):
             part_call = slice_call(call, None, part.first, part.last)  # type: ignore[arg-type]
             part_grads = slice_grads(grads, part.first, part.last)
             if part.group.owners:
                 part_call.plan = kernel_plan(axes, rows[part.owners], part.group, len(dk))
-                launch(part_call, part_grads)
+                _add_to_table(launch, part_call, part_grads)
             if part.group.copies:
                 plan = kernel_plan(axes, copy_rows[part.copy_rows], part.group, part.group.copies)
                 _backward_of_copies(launch, part_call, part_grads, plan, copies[part.copies].long())
         return results
 
     return voxel_bwd
+
+
+def _add_to_table(
+    launch: Callable[[AttendCall, AttendGrads], None], call: AttendCall, grads: AttendGrads
+) -> None:
+    """A launch whose gradient of the table, which it overwrites, comes on top of what is there."""
+    if grads.drel is None:
+        launch(call, grads)
+        return
+    found = torch.empty_like(grads.drel)
+    launch(call, replace(grads, drel=found))
+    grads.drel += found
 
 
 def _backward_of_copies(
@@ -175,10 +196,12 @@ def _backward_of_copies(
 ) -> None:
     """Rows that work on copies of keys; their gradients are added to those of the keys, copy after copy."""
     taken = {name: getattr(call, name).index_select(1, copies) for name in ("k", "v")}
+    if call.k_coords is not None:
+        taken["k_coords"] = call.k_coords.index_select(0, copies)
     bias = None if call.key_bias is None else call.key_bias.index_select(1, copies)
     copied = replace(call, plan=plan, key_bias=bias, **taken)
     dk, dv = torch.empty_like(copied.k), torch.empty_like(copied.v)
-    launch(copied, replace(grads, dk=dk, dv=dv))
+    _add_to_table(launch, copied, replace(grads, dk=dk, dv=dv))
     for total, copy in ((grads.dk, dk), (grads.dv, dv)):
         add_copies(total[0], copy[0], copies)
 
@@ -199,12 +222,13 @@ for _row in _launch.ROWS:
     _capability = _row.capability("voxel")
     if _row.forward is not None and _row.backward is not None:
         define(VOXEL, _row.backend, _forward(_row), _backward(_row))
-        _capability = replace(_capability, missing=_capability.missing | {RELATIVE, BOTH})
+        lacks = {BOTH} if _row.backend == "cpu" else {RELATIVE, BOTH}
+        _capability = replace(_capability, missing=_capability.missing | lacks)
     _backends.register(_capability)
 
 
 def _finish(grads: list[Tensor | None], tensors: tuple[Any, ...], packed: bool) -> list[Tensor | None]:
-    return [*grads, *[None] * (len(TENSORS) - 3)]
+    return [*grads[:3], *[None] * (len(TENSORS) - 4), grads[3]]
 
 
 voxel_op = autograd_function(VOXEL, _finish)

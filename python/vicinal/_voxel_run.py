@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _check as checks
@@ -166,8 +167,18 @@ def _run_op(call: Call, backend: str) -> tuple[Tensor, Tensor]:
         terms = (packed_cells(context), packed_tables(context, q.shape[-1], q.dtype))
         out, lse = voxel_context_op(backend, False, (scale, *options), q, k, v, key_bias, *tables, *terms)
         return out, lse
-    out, lse = voxel_op(backend, False, (scale, *options), q, k, v, key_bias, *tables)
+    relative = _packed_relative(call.term(RelTable), accumulator(q.dtype))
+    out, lse = voxel_op(backend, False, (scale, *options), q, k, v, key_bias, *tables, *relative)
     return (out if channels is None else channels.narrow(out, call.v.shape[-1])), lse
+
+
+def _packed_relative(term: RelTable | None, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """coords int32 [N, 3] and table [H, 3, 2 b + 1], with zeros for axes that are not there."""
+    if term is None:
+        return None, None
+    missing = 3 - term.coords.shape[1]
+    table = F.pad(term.table.to(acc).permute(2, 0, 1), (0, 0, 0, missing)).contiguous()
+    return F.pad(term.coords.to(torch.int32), (0, missing)).contiguous(), table
 
 
 def _head_groups(call: Call) -> list[tuple[int, int]]:

@@ -88,8 +88,9 @@ def _padded(
         cells, table = terms.rel
         bound = table.shape[1] // 2
         for a in range(cells.shape[1]):
-            offset = (cells[q_rows, a][:, :, None] - cells[k_rows, a][:, None]).clamp(-bound, bound) + bound
-            s = s + _looked_up(table[a], offset.long(), s.dtype).movedim(-1, 1)
+            axis = cells[:, a].long()  # the difference of two int32 may not be one
+            offset = (axis[q_rows][:, :, None] - axis[k_rows][:, None]).clamp(-bound, bound) + bound
+            s = s + _looked_up(table[a], offset, s.dtype).movedim(-1, 1)
     value_tables = None
     if terms.context is not None:
         cells, q_table, k_table, v_table = terms.context
